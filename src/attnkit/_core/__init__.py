@@ -1,0 +1,1 @@
+"""Private plumbing shared by every package: errors, checks, dispatch, specs, registries, settings, lazy imports."""

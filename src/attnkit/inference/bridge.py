@@ -1,0 +1,194 @@
+"""Between transformers' attention interface and a policy: the functions that are registered, and what they know."""
+
+import inspect
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit._core.errors import PolicyError, ShapeError, UnsupportedError
+from attnkit.inference import compat
+from attnkit.inference.call import LayerCall, Padding
+from attnkit.inference.masks import Form, recognise
+from attnkit.inference.policy import Policy
+from attnkit.inference.rope import RopeSpec
+from attnkit.kv import PositionedLayer
+
+__all__ = ["Bridge"]
+
+# arguments that change what attention means and that no policy honours; transformers passes the rest for other functions
+REFUSED_ARGUMENTS = {
+    "cu_seq_lens_q": "packed sequences",
+    "cu_seq_lens_k": "packed sequences",
+    "seq_idx": "packed sequences",
+    "position_bias": "a bias for each pair of positions",
+    "output_attentions": "returning attention weights",
+}
+
+
+class _Forward(threading.local):
+    """What one forward pass of the text model has told us; threads that share a model do not share it."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+        self.forms: set[Form] = set()
+        self.padding: Padding | None = None
+
+
+class Bridge:
+    """The attention function, the mask function and the hooks of one applied policy.
+
+    Args:
+        policy: what to do.
+        text: the text model.
+        modules: its attention modules.
+        rope: the rotary embedding in force, where the policy turns queries or keys itself.
+    """
+
+    def __init__(self, policy: Policy, text: Any, modules: Iterable[Any], rope: RopeSpec | None) -> None:
+        self.policy = policy
+        self.rope = rope
+        self._modules = {id(module) for module in modules}
+        self._signature = inspect.signature(text.forward)
+        self._forward = _Forward()
+
+    def before(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the text model: remember the cache, refuse what policies cannot serve.
+
+        Raises:
+            PolicyError: a static or quantised cache, or attention weights are asked for.
+        """
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        cache = arguments.get("past_key_values")
+        reason = None if cache is None else compat.refused_cache(cache)
+        if reason:
+            raise PolicyError(f"past_key_values: {reason}; pass h.new_cache() or a DynamicCache")
+        if kwargs.get("output_attentions") or text.config.output_attentions:
+            raise PolicyError("output_attentions=True asks for attention weights, which policies do not compute; switch it off")
+        self._forward.cache = cache
+
+    def after(self, text: Any, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the text model, called after exceptions too: let go of the cache."""
+        del text, args, output
+        self._forward.__init__()  # type: ignore[misc]
+
+    def mask(
+        self,
+        *,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Any,
+        attention_mask: Tensor | None = None,
+        config: Any = None,
+        device: torch.device | str = "cpu",
+        **_: Any,  # dtype and permissions to skip: meant for masks that are written out
+    ) -> Tensor | None:
+        """What transformers calls in place of building a mask: the padding [B, L] bool, or None where nothing is padded.
+
+        Raises:
+            UnsupportedError: the mask is not one that `masks.Form` can express.
+        """
+        if compat.is_plain_causal(mask_function):
+            self._forward.forms.add(Form(causal=True))
+        else:
+            first, start = int(q_offset), int(kv_offset)
+            self._forward.forms |= recognise(
+                mask_function,
+                batch=batch_size,
+                queries=range(first, first + q_length),
+                keys=range(start, start + kv_length),
+                window=getattr(config, "sliding_window", None),
+                device=torch.device(device),
+            )
+        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+    def attention(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What attention modules call: query [B, H, T, D], key and value [B, Hkv, S, D] -> out [B, T, H, Dv] and no weights.
+
+        Raises:
+            PolicyError: a module of another model, or dropout.
+            UnsupportedError: a mask or an argument that no policy honours.
+        """
+        if id(module) not in self._modules:
+            raise PolicyError(
+                f"{type(module).__name__} belongs to another model that shares its config with the one the policy was applied to; "
+                f"give each model a config of its own"
+            )
+        if dropout:
+            raise PolicyError(f"attention dropout {dropout} is on; policies are for inference, call model.eval() first")
+        for name, meaning in REFUSED_ARGUMENTS.items():
+            if kwargs.get(name) is not None and kwargs[name] is not False:
+                raise UnsupportedError(f"{name}: attnkit policies do not support {meaning}; leave it out")
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        self._check_form(Form(causal=causal, window=sliding_window))
+        layer, seen = self._layer(module, key)
+        call = LayerCall(
+            q=query.transpose(1, 2),
+            k=key.transpose(1, 2),
+            v=value.transpose(1, 2),
+            scale=scaling,
+            causal=causal,
+            window_size=None if sliding_window is None else (sliding_window - 1, 0),
+            softcap=softcap,
+            sinks=s_aux,
+            padding=self._padding(attention_mask, seen),
+            seen=seen,
+            layer=layer,
+            rope=self.rope,
+        )
+        return self._attend(call), None
+
+    def _attend(self, call: LayerCall) -> Tensor:
+        if call.window_size is not None:
+            return call.dense()  # local layers keep their own window
+        policy = self.policy
+        out = policy.prefill.attend(call) if policy.correction is None else policy.correction.attend(call, policy.prefill)
+        if policy.cache is not None and call.layer is not None:
+            policy.cache.after(call)
+        return out
+
+    def _check_form(self, form: Form) -> None:
+        forms = self._forward.forms
+        if forms and form not in forms:
+            given = " or ".join(sorted(map(str, forms)))
+            raise UnsupportedError(f"the model masks this pass as {given}, but its attention module asks for {form}")
+
+    def _layer(self, module: Any, key: Tensor) -> tuple[PositionedLayer | None, int]:
+        cache = self._forward.cache
+        if cache is None:
+            return None, key.shape[2]
+        layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
+        return layer if isinstance(layer, PositionedLayer) else None, int(cache.get_seq_length(module.layer_idx))
+
+    def _padding(self, mask: Tensor | None, seen: int) -> Padding | None:
+        if mask is None:
+            return None
+        if mask.dim() != 2:
+            raise UnsupportedError(
+                f"attention_mask has {mask.dim()} dimensions; attnkit policies take [B, L] padding masks and no prepared ones"
+            )
+        if mask.shape[1] != seen:
+            raise ShapeError(f"attention_mask covers {mask.shape[1]} tokens; the cache and the new tokens make {seen}")
+        if self._forward.padding is None or self._forward.padding.mask is not mask:
+            self._forward.padding = Padding(mask)  # one for all layers
+        return self._forward.padding

@@ -1,0 +1,10 @@
+"""Prefill methods: what each query sees."""
+
+from attnkit.inference.methods import PREFILLS
+from attnkit.inference.prefill.dense import Dense
+from attnkit.inference.prefill.window import Window
+
+__all__ = ["Dense", "Window"]
+
+for _method in (Dense, Window):
+    PREFILLS.register(_method.name, _method)

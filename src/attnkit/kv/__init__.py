@@ -1,0 +1,10 @@
+"""The key-value cache: layers that know which tokens they store, and the cache made of them."""
+
+from attnkit._core.lazy import lazy_attributes
+
+__all__ = ["AttnkitCache", "PositionedLayer"]
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    names={"AttnkitCache": "attnkit.kv.cache", "PositionedLayer": "attnkit.kv.layers"},
+)

@@ -1,0 +1,1 @@
+"""How far operators are from the true value, and whether that is within what their precision allows."""

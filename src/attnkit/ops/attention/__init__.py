@@ -1,0 +1,1 @@
+"""Dense, windowed, packed and query-sparse softmax attention."""
