@@ -13,7 +13,9 @@ _METHODS: dict[str, tuple[tuple[float, ...], tuple[int, ...], float, float, floa
 }
 
 
-def compare_envelope(lengths: tuple[int, ...] = (1024, 2048, 4096), methods: tuple[str, ...] = tuple(_METHODS)) -> dict[str, Any]:
+def compare_envelope(
+    lengths: tuple[int, ...] = (1024, 2048, 4096), methods: tuple[str, ...] = tuple(_METHODS)
+) -> dict[str, Any]:
     rows = []
     for place, length in enumerate(lengths):
         for method in methods:
@@ -38,7 +40,12 @@ def compare_envelope(lengths: tuple[int, ...] = (1024, 2048, 4096), methods: tup
                     "kv_mib": kv * 22.5 * length / 1024,
                     "policy": policy,
                     "trials": [
-                        {"depth": depth, "key": "48213", "answer": "48213" if index < found[place] else "the", "hit": index < found[place]}
+                        {
+                            "depth": depth,
+                            "key": "48213",
+                            "answer": "48213" if index < found[place] else "the",
+                            "hit": index < found[place],
+                        }
                         for depth, index in zip(DEPTHS, (4, 3, 2, 1, 0), strict=True)
                         for _ in range(2)
                     ],
@@ -48,7 +55,14 @@ def compare_envelope(lengths: tuple[int, ...] = (1024, 2048, 4096), methods: tup
         "schema": "attnkit.compare/1",
         "command": "attnkit compare --model lm --lengths 1k,2k,4k",
         "seed": 0,
-        "versions": {"python": "3.11.2", "attnkit": "0.1.0", "torch": "2.13.0", "triton": None, "transformers": "5.23.0", "numpy": "2.4.6"},
+        "versions": {
+            "python": "3.11.2",
+            "attnkit": "0.1.0",
+            "torch": "2.13.0",
+            "triton": None,
+            "transformers": "5.23.0",
+            "numpy": "2.4.6",
+        },
         "device": "cpu",
         "dtype": "float32",
         "wall_s": 312.4,

@@ -48,6 +48,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name is not None and module.split(".")[0] != error.name.split(".")[0]:
+        package = module.split(".")[0]
+        if error.name is not None and package != error.name.split(".")[0]:
             raise  # the package is there, something beneath it is broken: do not hide that
-        raise MissingExtra(f'{module} is not installed; run: pip install "attnkit[{extra}]"') from None
+        raise MissingExtra(f'{package} is not installed; run: pip install "attnkit[{extra}]"') from None

@@ -2,7 +2,7 @@
 
 from attnkit.assets.catalogue import ASSETS, Asset, Package
 from attnkit.assets.fetch import Step, fetch, steps
-from attnkit.assets.locate import FileState, fetch_line, find, present, unpack_folder, verify
+from attnkit.assets.locate import FileState, fetch_line, find, installed, unpack_folder, verify
 from attnkit.assets.texts import Document, documents, lm_path, load_text
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "fetch",
     "fetch_line",
     "find",
+    "installed",
     "lm_path",
     "load_text",
-    "present",
     "steps",
     "unpack_folder",
     "verify",

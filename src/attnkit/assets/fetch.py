@@ -1,5 +1,6 @@
 """The commands that install assets: printed by default, run on request."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,8 +28,11 @@ class Step:
     folder: Path | None = None
 
     def __str__(self) -> str:
-        command = " ".join(self.arguments)
-        return f"cd {self.folder} && {command}" if self.folder else command
+        command = " ".join(item if "*" in item else shlex.quote(item) for item in self.arguments)
+        if self.folder is None:
+            return command
+        folder = shlex.quote(str(self.folder))
+        return f"mkdir -p {folder} && cd {folder} && {command}"
 
 
 def steps(package: Package) -> list[Step]:

@@ -10,7 +10,7 @@ from attnkit._core.errors import MissingAsset, OptionError
 from attnkit._core.settings import settings
 from attnkit.assets.catalogue import ASSETS, Asset, Package
 
-__all__ = ["FileState", "fetch_line", "find", "present", "unpack_folder", "verify"]
+__all__ = ["FileState", "fetch_line", "find", "installed", "unpack_folder", "verify"]
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,13 @@ def find(key: str, file: str) -> Path:
     raise OptionError(f"asset {key!r} has no file {file!r}; it lists {names}")
 
 
-def present(asset: Asset) -> bool:
-    """Whether every catalogued file of an asset lies on this machine."""
-    return all(_locate(package, name) is not None for package in asset.packages for name in package.files)
+def installed(key: str) -> bool:
+    """Whether every catalogued file of an asset lies on this machine.
+
+    Raises:
+        OptionError: an unknown asset.
+    """
+    return all(_locate(package, name) is not None for package in ASSETS[key].packages for name in package.files)
 
 
 def verify(asset: Asset) -> list[FileState]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = [
+    "DTYPES",
     "Progress",
     "Verb",
     "device_option",

@@ -55,6 +55,11 @@ class Progress:
         elif not self._silent:
             self._line(note)
 
+    def finish(self) -> None:
+        """Count what is left as done: steps that turned out to need no work."""
+        if self.done < self.total:
+            self.advance(self.total - self.done)
+
     def phase(self, text: str) -> None:
         """Announce something that may take longer than two seconds ("loading the model")."""
         if self._bar is not None:

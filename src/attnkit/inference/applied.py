@@ -11,7 +11,7 @@ from attnkit.inference import compat
 from attnkit.inference.bridge import Bridge
 from attnkit.inference.policy import Policy, named
 from attnkit.inference.rope import RopeSpec
-from attnkit.kv import AttnkitCache
+from attnkit.kv.layers import AttnkitCache
 
 __all__ = ["Applied", "apply"]
 

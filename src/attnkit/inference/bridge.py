@@ -14,7 +14,7 @@ from attnkit.inference.call import LayerCall, Padding
 from attnkit.inference.masks import Form, recognise
 from attnkit.inference.policy import Policy
 from attnkit.inference.rope import RopeSpec
-from attnkit.kv import PositionedLayer
+from attnkit.kv.layers import PositionedLayer
 
 __all__ = ["Bridge"]
 
@@ -131,8 +131,8 @@ class Bridge:
         """
         if id(module) not in self._modules:
             raise PolicyError(
-                f"{type(module).__name__} belongs to another model that shares its config with the one the policy was applied to; "
-                f"give each model a config of its own"
+                f"{type(module).__name__} belongs to another model, which shares its config with the one that the policy was "
+                f"applied to; give each model a config of its own"
             )
         if dropout:
             raise PolicyError(f"attention dropout {dropout} is on; policies are for inference, call model.eval() first")

@@ -12,7 +12,7 @@ from attnkit._core.checks import accumulator_dtype
 from attnkit.inference.rope import RopeSpec
 
 if TYPE_CHECKING:  # the cache needs transformers; the policies that read it do not
-    from attnkit.kv import PositionedLayer
+    from attnkit.kv.layers import PositionedLayer
 
 __all__ = ["LayerCall", "Padding"]
 

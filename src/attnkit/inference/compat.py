@@ -7,11 +7,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from attnkit._core.errors import UnsupportedArchitecture
+from attnkit._core.lazy import require
+
+require("transformers", extra="hf")  # where it is missing, this says how to get it
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import causal_mask_function  # noqa: E402
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 __all__ = [
     "Rotary",
@@ -143,7 +147,8 @@ def rope_parameters(config: Any) -> dict[str, Any]:
         parameters = parameters[FULL]
     if not parameters or "rope_theta" not in parameters or "rope_type" not in parameters:
         raise UnsupportedArchitecture(
-            f"{config.model_type!r} has no rotary embedding on its full-attention layers; position methods and re-rotation need one"
+            f"{config.model_type!r} has no rotary embedding on its full-attention layers; position methods and re-rotation "
+            f"need one"
         )
     rope_type = parameters["rope_type"]
     if rope_type in ("dynamic", "longrope"):

@@ -6,5 +6,5 @@ __all__ = ["AttnkitCache", "PositionedLayer"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    names={"AttnkitCache": "attnkit.kv.cache", "PositionedLayer": "attnkit.kv.layers"},
+    names={"AttnkitCache": "attnkit.kv.layers", "PositionedLayer": "attnkit.kv.layers"},
 )

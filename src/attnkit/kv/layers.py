@@ -1,15 +1,21 @@
-"""A cache layer that keeps the original position of every key it stores."""
+"""Cache layers that keep the original position of every key they store, and the cache made of them."""
 
+import copy
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
 
 from attnkit._core.checks import check_dtype
 from attnkit._core.errors import InputError, PolicyError, ShapeError
+from attnkit._core.lazy import require
 
-__all__ = ["PositionedLayer", "storages"]
+require("transformers", extra="hf")  # where it is missing, this says how to get it
+
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer  # noqa: E402
+
+__all__ = ["AttnkitCache", "PositionedLayer"]
 
 
 class PositionedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -48,7 +54,7 @@ class PositionedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     @property
     def nbytes(self) -> int:
         """Bytes of the memory behind keys, values and positions."""
-        return sum(storages((self.keys, self.values, self.positions)).values())
+        return sum(_storages((self.keys, self.values, self.positions)).values())
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take batch, heads, widths, dtype and device from the first keys and values."""
@@ -141,7 +147,7 @@ class PositionedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = None
-        self.positions = self.positions[:0, :, :0]
+        self.positions = self.positions.new_empty(0, 1, 0)
         self.is_initialized = False
         self.seen = self.floor = 0
         self.owner = None
@@ -163,14 +169,54 @@ class PositionedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self.keys, self.values, self.positions = (change(states) for states in self._tensors())
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None  # true once `is_initialized` is
+        assert self.keys is not None  # as long as `is_initialized` holds
+        assert self.values is not None
         return self.keys, self.values, self.positions
 
 
-def storages(value: object) -> dict[int, int]:
+class AttnkitCache(Cache):
+    """A cache whose full-attention layers are `PositionedLayer`s; sliding-window and linear layers are the stock ones.
+
+    Args:
+        config: the model's configuration (of the whole model or of its text part).
+
+    >>> cache = AttnkitCache(model.config)  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    """
+
+    def __init__(self, config: Any) -> None:
+        stock = DynamicCache(config=config).layers
+        super().__init__(layers=[PositionedLayer() if type(layer) is DynamicLayer else layer for layer in stock])
+
+    def nbytes(self) -> int:
+        """Bytes of the memory that all layers hold on to, whatever their kind; memory behind views counts in full."""
+        return sum(_storages([vars(layer) for layer in self.layers]).values())
+
+    def clone(self) -> Self:
+        """A copy that shares no tensor with this one, for going on in two ways from one prefill."""
+        other = copy.copy(self)
+        other.layers = []
+        for layer in self.layers:
+            twin = copy.copy(layer)
+            vars(twin).update({name: _copied(value) for name, value in vars(layer).items()})
+            other.layers.append(twin)
+        return other
+
+
+def _storages(value: object) -> dict[int, int]:
     """Address -> bytes of every block of memory that the tensors in `value` (nested lists, tuples, dicts) hold on to."""
     if isinstance(value, Tensor):
         storage = value.untyped_storage()
         return {storage.data_ptr(): storage.nbytes()}
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return {address: size for part in parts for address, size in storages(part).items()}
+    return {address: size for part in parts for address, size in _storages(part).items()}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(part) for part in value)
+    if isinstance(value, dict):
+        return {key: _copied(part) for key, part in value.items()}
+    return value

@@ -65,11 +65,8 @@ class Window:
             PolicyError: the cache lacks keys that something else has dropped.
         """
         self._check(call)
-        everything_seen = call.seen <= self.sink + self.window
-        if everything_seen or (self.dense_prefill and call.first == 0):
-            out = call.dense()
-        else:
-            out = self._merged(call)
+        sees_all = call.seen <= self.sink + self.window or (self.dense_prefill and call.first == 0)
+        out = call.dense() if sees_all else self._merged(call)
         self._drop(call)
         return out
 

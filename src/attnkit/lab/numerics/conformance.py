@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case, g
 def _judge(
     spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, key: str, got: Tensor, oracle: Tensor, naive: Tensor
 ) -> Row:
-    make = lambda *args: Row(spec.name, case.name, str(dtype).removeprefix("torch."), backend, key, *args)  # noqa: E731
+    make = partial(Row, spec.name, case.name, str(dtype).removeprefix("torch."), backend, key)
     if got.shape != oracle.shape:
         return make(float("inf"), 0.0, 0.0, False, f"shape {tuple(got.shape)}, expected {tuple(oracle.shape)}")
     finite = torch.isfinite(oracle)

@@ -85,12 +85,12 @@ def prepare(
         dims(sinks=(sinks, str(sizes["H"])))
         _check_side("sinks", sinks, q)
     if key_bias is not None:
-        _check_key_bias(key_bias, q, keys, sizes)
+        _check_key_bias(key_bias, q, k, keys)
     if softcap is not None and softcap <= 0:
         raise OptionError(f"softcap={softcap} must be positive; leave it out to switch it off")
     left, right = _window(window_size, causal)
     if q_pos is not None:
-        _check_positions(q_pos, q, sizes)
+        _check_positions(q_pos, q, sizes["S"])
     out_dtype = out_dtype or q.dtype
     if out_dtype not in (q.dtype, accumulator_dtype(q.dtype)):
         raise OptionError(f"out_dtype={out_dtype} is not allowed; choose {q.dtype} or {accumulator_dtype(q.dtype)}")
@@ -140,24 +140,18 @@ def _check_side(name: str, tensor: Tensor, q: Tensor) -> None:
         raise OptionError(f"{name} is on {tensor.device} but q is on {q.device}; move one of them")
 
 
-def _check_key_bias(key_bias: Tensor, q: Tensor, keys: str, sizes: dict[str, int]) -> None:
-    names = keys.split()
-    expected = [sizes[name] for name in names]
-    if list(key_bias.shape) not in (expected, [*expected, sizes["Hkv"]]):
-        raise ShapeError(f"key_bias has shape {tuple(key_bias.shape)}; expected {expected} or {[*expected, sizes['Hkv']]}")
+def _check_key_bias(key_bias: Tensor, q: Tensor, k: Tensor, keys: str) -> None:
+    per_head = key_bias.dim() == k.dim() - 1
+    dims(k=(k, f"{keys} Hkv D"), key_bias=(key_bias, f"{keys} Hkv" if per_head else keys))
     _check_side("key_bias", key_bias, q)
 
 
-def _check_positions(q_pos: Tensor, q: Tensor, sizes: dict[str, int]) -> None:
+def _check_positions(q_pos: Tensor, q: Tensor, num_k: int) -> None:
     check_dtype("q_pos", q_pos, torch.int32, torch.int64)
-    batch, rows = sizes["B"], sizes["T"]
-    if list(q_pos.shape) not in ([rows], [batch, rows]):
-        raise ShapeError(
-            f"q_pos has shape {tuple(q_pos.shape)}; expected [{rows}] or [{batch}, {rows}], one position a query row"
-        )
+    dims(q=(q, "B T H D"), q_pos=(q_pos, "B T" if q_pos.dim() > 1 else "T"))
     if q_pos.device != q.device:
         raise OptionError(f"q_pos is on {q_pos.device} but q is on {q.device}; move one of them")
     if q_pos.device.type == "cpu" and not torch.compiler.is_compiling() and q_pos.numel():
         low, high = int(q_pos.min()), int(q_pos.max())
-        if low < 0 or high >= sizes["S"]:
-            raise OptionError(f"q_pos ranges over {low}..{high}; positions must lie in 0..{sizes['S'] - 1}, the keys")
+        if low < 0 or high >= num_k:
+            raise OptionError(f"q_pos ranges over {low}..{high}; positions must lie in 0..{num_k - 1}, the keys")

@@ -1,0 +1,7 @@
+"""Instruments: what a method keeps, what it costs, and how far a result is from the truth."""
+
+from attnkit._core.lazy import lazy_attributes
+
+__all__ = ["compare", "numerics"]
+
+__getattr__, __dir__ = lazy_attributes(__name__, modules={"compare": "attnkit.lab.compare", "numerics": "attnkit.lab.numerics"})

@@ -1,0 +1,45 @@
+"""Shared by the whole suite: no network, fresh seeds, and uninitialised memory that cannot pass for a result."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+try:
+    import pytest_socket
+except ModuleNotFoundError:  # a machine without a network lacks the plugin, and needs it least
+    pytest_socket = None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        marker = item.get_closest_marker("needs_asset")
+        if marker is not None:
+            from attnkit import assets
+
+            missing = [key for key in marker.args if not assets.installed(key)]
+            if missing:
+                item.add_marker(pytest.mark.skip(reason=f"missing assets; run: attnkit assets fetch {' '.join(missing)} --run"))
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    if pytest_socket is not None:
+        pytest_socket.disable_socket(allow_unix_socket=True)
+    torch.manual_seed(0)
+    yield
+    if pytest_socket is not None:
+        pytest_socket.enable_socket()
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty holds NaN (integers: the largest value), so that an element nobody writes is seen."""
+    fill, strict = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(strict)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
