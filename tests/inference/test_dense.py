@@ -56,7 +56,8 @@ def test_greedy_generation_is_that_of_sdpa(family):
 def test_other_ways_to_generate_are_those_of_sdpa(family, options):
     model, options = tiny_model(family), dict(options)
     if options.pop("assistant", False):
-        options["assistant_model"] = tiny_model(family, seed=1)
+        # of one family for all: transformers 5.17 fails on an assistant with sliding-window layers, policy or not
+        options["assistant_model"] = tiny_model("llama", seed=1)
     ids = prompt(1, 6).repeat(1, 4)  # repeats, so that looked-up proposals are partly right
     expected = model.generate(ids, max_new_tokens=12, do_sample=False, **options)
     with apply(model, "dense") as h:
