@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,7 @@ from attnkit.cli._common import emit, json_option, verb, warn
 if TYPE_CHECKING:
     from attnkit._core.opspec import OpSpec
 
-# extra -> the packages it brings; a test compares this with pyproject.toml
-EXTRAS: Mapping[str, tuple[str, ...]] = {"hf": ("transformers", "tokenizers"), "gguf": ("gguf",), "plot": ("matplotlib",)}
+_HIDDEN_EXTRAS = {"all", "test", "dev", "docs"}  # of no use to somebody who asks what is missing
 TESTED_TRANSFORMERS = ((5, 17), (5, 23))
 _SHORT = ("backward", "packed", "grouped heads", "compile")
 
@@ -69,7 +69,7 @@ def _facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": devices,
         "operators": operators,
-        "extras": {extra: all(_installed(package) for package in packages) for extra, packages in EXTRAS.items()},
+        "extras": _extras(),
         "assets": {asset.key: installed(asset.key) for asset in ASSETS.values()},
         "transformers_note": transformers_note(found["transformers"]),
         "problems": problems,
@@ -117,6 +117,25 @@ def _explain(spec: "OpSpec", inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     explanation = explain(spec.name, **inputs)
     return {"chosen": explanation.chosen, "rejected": explanation.rejected}
+
+
+def _extras() -> dict[str, bool]:
+    """Extra -> whether all its packages are here, from attnkit's own metadata."""
+    names = importlib.metadata.metadata("attnkit").get_all("Provides-Extra") or []
+    return {name: all(map(_installed, _packages(name))) for name in names if name not in _HIDDEN_EXTRAS}
+
+
+def _packages(extra: str) -> set[str]:
+    packages = set()
+    for requirement in importlib.metadata.requires("attnkit") or []:
+        found = re.match(r"""([\w.-]+)(?:\[([\w,]+)\])?.*extra == ["']([\w-]+)["']""", requirement)
+        if found is None or found[3] != extra:
+            continue
+        if found[1] == "attnkit":
+            packages.update(*(_packages(inner) for inner in found[2].split(",")))
+        else:
+            packages.add(found[1])
+    return packages
 
 
 def _installed(package: str) -> bool:
