@@ -20,15 +20,16 @@ def real_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
-def window_rules(real: Tensor, window: int, sink: int, rerotate: bool) -> tuple[Tensor, Tensor]:
-    """seen [B, T, T] and distance [B, T, T], token by token."""
+def window_rules(real: Tensor, window: int, sink: int, rerotate: bool, dense_rows: int = 0) -> tuple[Tensor, Tensor]:
+    """seen [B, T, T] and distance [B, T, T], token by token; the first `dense_rows` tokens of a row see all before them."""
     batch, length = real.shape
     seen = torch.zeros(batch, length, length, dtype=torch.bool)
     distance = torch.zeros(batch, length, length, dtype=torch.float64)
     for row in range(batch):
         tokens = real[row].nonzero()[:, 0].tolist()
         for rank, query in enumerate(tokens):
-            cached = [r for r in range(rank + 1) if r < sink or r > rank - window]
+            dense = query < dense_rows
+            cached = [r for r in range(rank + 1) if dense or r < sink or r > rank - window]
             for place, r in enumerate(cached):
                 seen[row, query, tokens[r]] = True
                 distance[row, query, tokens[r]] = len(cached) - 1 - place if rerotate else rank - r
@@ -36,7 +37,17 @@ def window_rules(real: Tensor, window: int, sink: int, rerotate: bool) -> tuple[
 
 
 def oracle_logits(
-    model, ids, mask=None, *, window=10**6, sink=0, rerotate=False, dtype=torch.float64, inv_freq=None, factor=1.0
+    model,
+    ids,
+    mask=None,
+    *,
+    window=10**6,
+    sink=0,
+    rerotate=False,
+    dense_rows=0,
+    dtype=torch.float64,
+    inv_freq=None,
+    factor=1.0,
 ):
     """Logits [B, T, V] of a copy of the model in `dtype`, with written-out attention; rows of padding mean nothing.
 
@@ -48,7 +59,8 @@ def oracle_logits(
 
     def attention(module, query, key, value, attention_mask, scaling, sliding_window=None, **kwargs):
         local = sliding_window is not None
-        seen, distance = window_rules(real, sliding_window, 0, False) if local else window_rules(real, window, sink, rerotate)
+        rules = (sliding_window, 0, False) if local else (window, sink, rerotate, dense_rows)
+        seen, distance = window_rules(real, *rules)
         own = rotary.inv_freq if hasattr(rotary, "inv_freq") else getattr(rotary, f"{module.layer_type}_inv_freq")
         replaced = inv_freq is not None and not local
         frequencies = (inv_freq if replaced else own).double()

@@ -27,13 +27,16 @@ class Budget:
     Attributes:
         forward: factor for outputs.
         backward: factor for gradients.
-        ulps: absolute slack in units of the roundoff of the tensor judged, against a naive form that is right by luck.
+        ulps: absolute slack for outputs in units of the roundoff of the tensor judged, against a naive form that is right
+            by luck.
+        backward_ulps: the same for gradients, which are differences of terms larger than themselves.
         bias: units in the last place.
     """
 
     forward: float = 2.0
     backward: float = 3.0
     ulps: float = 2.0
+    backward_ulps: float = 8.0
     bias: float = 0.02
 
 

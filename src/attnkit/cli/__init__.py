@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import click
 
+from attnkit import __version__
 from attnkit.cli._boundary import error_boundary
 
 __all__ = ["main"]
@@ -63,8 +64,8 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="attnkit", message="%(prog)s %(version)s")
+@click.group("attnkit", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, message="attnkit %(version)s")
 def main() -> None:
     """Efficient attention and long context: thirty-one published systems in one PyTorch package.
 

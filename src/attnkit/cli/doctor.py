@@ -126,7 +126,7 @@ def _extras() -> dict[str, bool]:
 
 
 def _packages(extra: str) -> set[str]:
-    packages = set()
+    packages: set[str] = set()
     for requirement in importlib.metadata.requires("attnkit") or []:
         found = re.match(r"""([\w.-]+)(?:\[([\w,]+)\])?.*extra == ["']([\w-]+)["']""", requirement)
         if found is None or found[3] != extra:

@@ -54,6 +54,9 @@ class Bridge:
         self._signature = inspect.signature(text.forward)
         self._forward = _Forward()
 
+    def __reduce__(self) -> str:
+        raise PolicyError(f"{self.policy} is active on this model; call undo() before you copy or pickle the model")
+
     def before(self, text: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the text model: remember the cache, refuse what policies cannot serve.
 

@@ -105,7 +105,7 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> LoadedMode
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **options)
             if source.gguf is None:
                 options["use_safetensors"] = True
-            model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
+            model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **options)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # damaged files raise whatever the reader of the day raises
@@ -117,8 +117,9 @@ def load(source: Source, device: torch.device, dtype: torch.dtype) -> LoadedMode
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No bars and no notices of transformers, which would run into our own progress."""
-    from transformers.utils import logging
+    from transformers.utils import logging as untyped
 
+    logging: Any = untyped
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -54,7 +54,7 @@ def select(names: Sequence[str] | None) -> list[Method]:
 
 
 def describe(policy: "Policy") -> str:
-    """A policy in a few words, options at their defaults left out: `Window(window=512)`."""
+    """A policy in a few words, options that are off left out: `Window(window=512, sink=4)`."""
     parts = [getattr(policy, field.name) for field in dataclasses.fields(policy)]
     written = [_written(part) for part in parts if part is not None]
     return " + ".join(written if len(written) == 1 else [text for text in written if text != "Dense()"])
@@ -64,7 +64,7 @@ def _written(part: Any) -> str:
     options = [
         f"{field.name}={getattr(part, field.name)!r}"
         for field in dataclasses.fields(part)
-        if field.default is dataclasses.MISSING or getattr(part, field.name) != field.default
+        if getattr(part, field.name) is not False and getattr(part, field.name) is not None
     ]
     return f"{type(part).__name__}({', '.join(options)})"
 

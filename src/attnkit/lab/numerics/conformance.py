@@ -178,9 +178,10 @@ def _judge(
     if not finite.any():
         return make(0.0, 0.0, 0.0, True)
     gradient = key.startswith("d_")
-    factor = spec.budget.backward if gradient else spec.budget.forward
+    budget = spec.budget
+    factor, ulps = (budget.backward, budget.backward_ulps) if gradient else (budget.forward, budget.ulps)
     kept = torch.promote_types(dtype, torch.float32) if key in ("lse", *(f"d_{name}" for name in case.fixed)) else dtype
-    slack = spec.budget.ulps * torch.finfo(kept).eps / 2 * float(oracle[finite].abs().max())
+    slack = ulps * torch.finfo(kept).eps / 2 * float(oracle[finite].abs().max())
     error, reference = (got - oracle)[finite], (naive - oracle)[finite]
     worst, allowed = float(error.abs().max()), factor * float(reference.abs().max()) + slack
     spread, allowed_spread = float(error.square().mean().sqrt()), factor * float(reference.square().mean().sqrt()) + slack

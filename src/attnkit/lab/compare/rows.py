@@ -1,0 +1,67 @@
+"""Recorded steps -> the rows of attnkit.compare/1."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from attnkit.lab.compare.methods import BASELINE, Method, describe
+from attnkit.lab.compare.statistics import block_bootstrap, wilson
+
+__all__ = ["make_rows"]
+
+Step = Mapping[str, Any]
+
+
+def make_rows(
+    methods: Sequence[Method],
+    lengths: Sequence[int],
+    texts: Mapping[tuple[int, str], Sequence[Step]],
+    asked: Mapping[tuple[int, str], Sequence[Step]],
+    *,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One row for each length and method, the baseline first.
+
+    Args:
+        methods, lengths: what ran.
+        texts, asked: (length, method's name) -> what was recorded, in the order of the inputs.
+        seed: of the bootstrap.
+    """
+    rows = []
+    for length in lengths:
+        for method in methods:
+            place, base = (length, method.name), (length, BASELINE)
+            prefills = base if method.shares_dense_prefill else place
+            row = {"method": method.name, "length": length, "policy": describe(method.policy(length))}
+            rows.append(
+                row | _quality(texts[place], asked[place], seed) | _cost(texts[place], [*texts[prefills], *asked[prefills]])
+            )
+    return rows
+
+
+def _quality(texts: Sequence[Step], asked: Sequence[Step], seed: int) -> dict[str, Any]:
+    loss, low, high = block_bootstrap([step["losses"] for step in texts], seed=seed)
+    hits = sum(step["hit"] for step in asked)
+    passkey_low, passkey_high = wilson(hits, len(asked))
+    return {
+        "loss": loss,
+        "loss_low": low,
+        "loss_high": high,
+        "passkey_hits": hits,
+        "passkey_trials": len(asked),
+        "passkey_low": passkey_low,
+        "passkey_high": passkey_high,
+        "agreement": statistics.fmean(step["agreement"] for step in texts),
+        "kl": statistics.fmean(step["kl"] for step in texts),
+        "trials": [{name: step[name] for name in ("depth", "key", "answer", "hit")} for step in asked],
+    }
+
+
+def _cost(texts: Sequence[Step], prefills: Sequence[Step]) -> dict[str, Any]:
+    peaks = [step["peak_mib"] for step in prefills if step["peak_mib"] is not None]
+    return {
+        "prefill_s": statistics.median(step["prefill_s"] for step in prefills),
+        "decode_tok_s": statistics.median(step["decode_tok_s"] for step in texts),
+        "peak_mib": max(peaks, default=None),
+        "kv_mib": statistics.median(step["kv_mib"] for step in texts),
+    }

@@ -1,0 +1,194 @@
+"""One model reading one input under one method: what is recorded of it."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnkit import inference
+from attnkit._core.errors import PolicyError, UnsupportedArchitecture
+from attnkit.kv import AttnkitCache
+from attnkit.lab.compare.loading import LoadedModel
+from attnkit.lab.compare.measure import MIB, PeakMemory, clock
+from attnkit.lab.compare.methods import BASELINE, METHODS, Method
+from attnkit.lab.compare.passkey import ANSWER_TOKENS, Prompt, is_hit
+
+__all__ = ["Session", "TextInput"]
+
+DECODED = 32
+_CHUNK = 64
+_WARM_UP = 64
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """A window of text: token ids to read first, and the tail that is scored."""
+
+    context: list[int]
+    tail: list[int]
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A model that has read a context: its cache, the logits [V] of the next token, and what that took."""
+
+    cache: AttnkitCache
+    logits: Tensor
+    seconds: float
+    peak_mib: float | None
+
+
+class Session:
+    """Runs methods on inputs; whatever methods share on one input is computed once.
+
+    Args:
+        loaded: the model.
+        methods: those that will run.
+    """
+
+    def __init__(self, loaded: LoadedModel, methods: Sequence[Method]) -> None:
+        self._model, self._tokenizer = loaded.model, loaded.tokenizer
+        self._device = loaded.model.device
+        self._copies = sum(method.shares_dense_prefill for method in methods) > 1
+        self._stop = _stop_tokens(loaded)
+        self._dense: _Start | None = None
+        self._reference: Tensor | None = None
+
+    def check(self, methods: Sequence[Method], length: int) -> None:
+        """Read a few tokens under every method: refusals come before hours of work, and first calls before the clock.
+
+        Raises:
+            UnsupportedArchitecture, PolicyError: the model lacks what a method needs; the message names both.
+        """
+        ids = [token % self._model.config.get_text_config().vocab_size for token in range(_WARM_UP)]
+        for method in methods:
+            try:
+                with torch.inference_mode(), self._applied(method, length) as applied:
+                    self._forward(ids, applied.new_cache())
+            except PolicyError as error:
+                kind = UnsupportedArchitecture if isinstance(error, UnsupportedArchitecture) else PolicyError
+                fix = "choose another model" if method.name == BASELINE else f"leave {method.name} out of the methods"
+                raise kind(f"method {method.name!r} cannot run on this model: {error}; {fix}") from error
+
+    def begin(self) -> None:
+        """Forget what belongs to the last input."""
+        self._dense = self._reference = None
+
+    @torch.inference_mode()
+    def read_text(self, item: TextInput, method: Method, length: int) -> dict[str, Any]:
+        """Score the tail, then decode.
+
+        Returns:
+            losses (one a tail token), kl, agreement, prefill_s, peak_mib, decode_tok_s, kv_mib.
+        """
+        reference = None if method.name == BASELINE else self._dense_logits(item, length)
+        start = self._dense_start(item.context, length) if method.shares_dense_prefill else None
+        with self._applied(method, length) as applied:
+            start = start or self._read(item.context, applied.new_cache())
+            after = self._forward(item.tail, start.cache)
+            kv_mib = start.cache.nbytes() / MIB
+            logits = torch.cat([start.logits[None], after[:-1]])
+            _, seconds = self._decode(after[-1], start.cache, steps=DECODED, stop=())
+        if method.name == BASELINE:
+            self._reference = logits
+        tail = torch.tensor(item.tail, device=logits.device)
+        kl, agreement = (0.0, 1.0) if reference is None else _compare(reference, logits)
+        return {
+            "losses": F.cross_entropy(logits.float(), tail, reduction="none").tolist(),
+            "kl": kl,
+            "agreement": agreement,
+            "prefill_s": start.seconds,
+            "peak_mib": start.peak_mib,
+            "decode_tok_s": DECODED / seconds,
+            "kv_mib": kv_mib,
+        }
+
+    @torch.inference_mode()
+    def ask(self, prompt: Prompt, method: Method, length: int) -> dict[str, Any]:
+        """Ask for a pass-key.
+
+        Returns:
+            depth, key, answer, hit, prefill_s, peak_mib.
+        """
+        start = self._dense_start(prompt.context, length) if method.shares_dense_prefill else None
+        with self._applied(method, length) as applied:
+            start = start or self._read(prompt.context, applied.new_cache())
+            logits = self._forward(prompt.question, start.cache, last=True)[-1]
+            ids, _ = self._decode(logits, start.cache, steps=ANSWER_TOKENS, stop=self._stop)
+        answer = self._tokenizer.decode(ids)
+        return {
+            "depth": prompt.depth,
+            "key": prompt.key,
+            "answer": answer,
+            "hit": is_hit(answer, prompt.key),
+            "prefill_s": start.seconds,
+            "peak_mib": start.peak_mib,
+        }
+
+    def _applied(self, method: Method, length: int) -> inference.Applied:
+        return inference.apply(self._model, method.policy(length))
+
+    def _dense_start(self, context: list[int], length: int) -> _Start:
+        """Dense's prefill of this input, for one method to go on from."""
+        if self._dense is None:
+            with self._applied(METHODS[BASELINE], length) as applied:
+                self._dense = self._read(context, applied.new_cache())
+        start = self._dense
+        if self._copies:
+            return dataclasses.replace(start, cache=start.cache.clone())
+        self._dense = None  # the cache is about to grow
+        return start
+
+    def _dense_logits(self, item: TextInput, length: int) -> Tensor:
+        """Dense's logits over the tail; missing only where a resumed run has dense's row already."""
+        if self._reference is None:
+            start = self._dense_start(item.context, length)
+            with self._applied(METHODS[BASELINE], length):
+                after = self._forward(item.tail, start.cache)
+            self._reference = torch.cat([start.logits[None], after[:-1]])
+        return self._reference
+
+    def _read(self, ids: list[int], cache: AttnkitCache) -> _Start:
+        with PeakMemory(self._device) as peak:
+            begin = clock(self._device)
+            logits = self._forward(ids, cache, last=True)[-1]
+            seconds = clock(self._device) - begin
+        return _Start(cache, logits, seconds, peak.mib)
+
+    def _forward(self, ids: Sequence[int], cache: AttnkitCache, *, last: bool = False) -> Tensor:
+        """Token ids -> logits [T, V], or [1, V] of the last token."""
+        tokens = torch.tensor([ids], device=self._device)
+        logits: Tensor = self._model(tokens, past_key_values=cache, logits_to_keep=1 if last else 0).logits
+        return logits[0]
+
+    def _decode(self, logits: Tensor, cache: AttnkitCache, *, steps: int, stop: Collection[int]) -> tuple[list[int], float]:
+        """Greedy tokens after `logits` [V], and the seconds they took."""
+        ids: list[int] = []
+        begin = clock(self._device)
+        for _ in range(steps):
+            token = int(logits.argmax())
+            if token in stop:
+                break
+            ids.append(token)
+            logits = self._forward([token], cache, last=True)[-1]
+        return ids, clock(self._device) - begin
+
+
+def _compare(reference: Tensor, logits: Tensor) -> tuple[float, float]:
+    """Mean KL(reference || method) in nats a token, and the share of positions with the same largest logit."""
+    total, same = 0.0, 0
+    for p, q in zip(reference.split(_CHUNK), logits.split(_CHUNK), strict=True):  # in parts: vocabularies are large
+        log_p, log_q = (part.double().log_softmax(-1) for part in (p, q))
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return total / len(reference), same / len(reference)
+
+
+def _stop_tokens(loaded: LoadedModel) -> frozenset[int]:
+    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [*several, loaded.tokenizer.eos_token_id] if token is not None)
