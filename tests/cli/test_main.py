@@ -60,7 +60,8 @@ try:
     main(["--help"])
 except SystemExit:
     pass
-print("LOADED", sorted({"torch", "numpy", "rich", "jinja2", "transformers", "attnkit.cli.ops", "attnkit.assets"} & set(sys.modules)))
+heavy = {"torch", "numpy", "rich", "jinja2", "transformers", "attnkit.cli.ops", "attnkit.assets"}
+print("LOADED", sorted(heavy & set(sys.modules)))
 """
     assert fresh(code).splitlines()[-1] == "LOADED []"
 
@@ -84,7 +85,8 @@ def test_modules_load_without_torch(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["doctor", "ops list", "ops show", "ops check", "systems", "assets list", "assets fetch", "report"]
+    "path",
+    ["doctor", "compare", "demo", "ops list", "ops show", "ops check", "systems", "assets list", "assets fetch", "report"],
 )
 def test_every_command_ends_with_two_examples_and_python(path: str) -> None:
     result = run(*path.split(), "--help")

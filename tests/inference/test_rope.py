@@ -27,11 +27,8 @@ def test_rotation_is_that_of_the_architecture(model_type):
     )
     x, positions = torch.randn(2, 5, 3, 8), torch.tensor([[0, 1, 7, 30, 200], [5, 4, 3, 2, 1]])
     angle = positions[..., None] * ours.inv_freq
-    angle = (
-        angle.repeat_interleave(2, -1)
-        if ours.interleaved and model_type != "glm4" and model_type != "glm"
-        else torch.cat([angle] * 2, -1)
-    )
+    # what the architecture's own embedding hands over: cohere repeats each angle, the others repeat the list
+    angle = angle.repeat_interleave(2, -1) if model_type == "cohere" else torch.cat([angle, angle], -1)
     expected, _ = theirs(x.transpose(1, 2), x.transpose(1, 2), angle.cos(), angle.sin())
     torch.testing.assert_close(ours.rotate(x, positions), expected.transpose(1, 2), rtol=1e-5, atol=2e-5)
 

@@ -232,7 +232,7 @@ def test_padding_between_tokens_is_refused():
     ids, mask, _ = padded([20, 9], side="right")
     with (
         apply(model, windowed(window=6, sink=2)),
-        pytest.raises(UnsupportedError, match="padding between its tokens.*pad on the left"),
+        pytest.raises(UnsupportedError, match=r"padding between its tokens.*pad on the left"),
     ):
         model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
 

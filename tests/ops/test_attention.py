@@ -51,14 +51,15 @@ def test_float64_equals_the_definition() -> None:
             assert (a - b).abs().max() < 64 * torch.finfo(torch.float64).eps * b.abs().max()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed: bool) -> None:
+@pytest.mark.parametrize("form", ["batched", "packed", "selected rows"])
+def test_opcheck(form: str) -> None:
     q, k, v = _qkv(20, grad=True)
     sinks, bias = torch.randn(4, requires_grad=True), torch.randn(2, 20, requires_grad=True)
-    cu = torch.tensor([0, 5, 5, 20], dtype=torch.int32) if packed else None
-    if packed:
+    cu = torch.tensor([0, 5, 5, 20], dtype=torch.int32) if form == "packed" else None
+    pos = torch.randint(0, 20, (2, 20)) if form == "selected rows" else None
+    if cu is not None:
         q, k, v, bias = (t[0].detach().requires_grad_() for t in (q, k, v, bias))
-    opcheck(torch.ops.attnkit.attention.default, (q, k, v, sinks, bias, cu, cu, None, 0.25, 4, 0, 2.0, torch.float32))
+    opcheck(torch.ops.attnkit.attention.default, (q, k, v, sinks, bias, cu, cu, pos, 0.25, 4, 0, 2.0, torch.float32))
 
 
 def test_compiles_without_a_break() -> None:
@@ -71,6 +72,10 @@ def test_compiles_without_a_break() -> None:
         lambda f: f(*packed, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=40, max_seqlen_k=40, causal=True),
         lambda f: f(q, k, v, key_bias=torch.zeros(2, 70), window_size=(3, 3)),
     ]
+    positions = torch.arange(0, 70, 7)
+    some = q.detach()[:, ::7]
+    selected = torch.compile(ops.query_sparse_attention, fullgraph=True, backend="aot_eager")(some, k, v, positions)
+    assert torch.equal(selected, ops.query_sparse_attention(some, k, v, positions))
     compiled = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
     for call in calls:
         ours, eager = call(compiled), call(ops.attention)

@@ -35,6 +35,7 @@ _FIRST = {
     "nts",
 }
 _LAST = {"lang", "transl", "nowrap", "nobr", "small", "smaller", "big", "abbr", "sc", "script", "unicode", "polytonic"}
+_NAMED = re.compile(r"\s*([\w -]*\w)\s*=")
 _SIGNS = {
     "ndash": "\u2013",
     "mdash": "\u2014",
@@ -114,8 +115,12 @@ def _link(content: str) -> str:
 def _template(content: str) -> str:
     name, *arguments = content.split("|")
     name = name.strip().lower()
-    plain = [re.sub(r"^\s*(?:1|text|quote)\s*=\s*", "", argument).strip() for argument in arguments]
-    plain = [argument for argument in plain if not re.match(r"[\w -]+=", argument)]
+    named = [_NAMED.match(argument) for argument in arguments]
+    plain = [
+        argument[found.end() if found else 0 :].strip()
+        for argument, found in zip(arguments, named, strict=True)
+        if found is None or found[1] in ("1", "text", "quote")
+    ]
     if name in _SIGNS:
         return _SIGNS[name]
     if not plain:

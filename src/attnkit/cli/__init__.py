@@ -13,8 +13,8 @@ __all__ = ["main"]
 # verb -> (module that defines `command`, the line that `attnkit --help` shows)
 VERBS: Mapping[str, tuple[str, str]] = {
     "doctor": ("attnkit.cli.doctor", "What runs here, what refuses, and why."),
-    "demo": ("attnkit.cli.demo", "A guided tour on the CPU: under a minute, ends in a report."),
     "compare": ("attnkit.cli.compare", "Methods x lengths: quality, time and memory on your model and text."),
+    "demo": ("attnkit.cli.demo", "The same on a packaged model and text, on the CPU: minutes, no network."),
     "ops": ("attnkit.cli.ops", "List operators, show what they accept, check their numerics here."),
     "systems": ("attnkit.cli.systems", "The thirty-one systems and how far each one is."),
     "assets": ("attnkit.cli.assets", "Models and texts that packages carry: list, fetch, verify."),

@@ -71,7 +71,7 @@ def _glance(results: Results) -> Table:
     headers = ["method", "loss difference", "pass-keys", "prefill time", "decode speed", "peak memory", "KV memory"]
     cells = [
         [
-            _name(row, results),
+            row["method"],
             _difference(row, base),
             _hits(row),
             _ratio(row["prefill_s"], base["prefill_s"]),
@@ -85,10 +85,6 @@ def _glance(results: Results) -> Table:
     return Table("At a glance", headers, cells, note)
 
 
-def _name(row: Row, results: Results) -> str:
-    return f"{row['method']} (baseline)" if row["method"] == results.baseline else str(row["method"])
-
-
 def _hits(row: Row) -> str:
     return f"{row['passkey_hits']}/{row['passkey_trials']}" if row["passkey_trials"] else ABSENT
 
@@ -96,10 +92,9 @@ def _hits(row: Row) -> str:
 def _passkeys(row: Row) -> str:
     if not row["passkey_trials"]:
         return ABSENT
-    share = f"{100 * row['passkey_hits'] / row['passkey_trials']:.0f} %"
     if row.get("passkey_low") is None or row.get("passkey_high") is None:
-        return f"{share}, {_hits(row)}"
-    return f"{share} ({100 * row['passkey_low']:.0f} to {100 * row['passkey_high']:.0f}), {_hits(row)}"
+        return _hits(row)
+    return f"{_hits(row)} ({100 * row['passkey_low']:.0f} to {100 * row['passkey_high']:.0f} %)"
 
 
 def _quality(results: Results) -> list[Block]:
@@ -113,33 +108,30 @@ def _quality(results: Results) -> list[Block]:
             [f"{100 * row['agreement']:.1f} %" if row.get("agreement") is not None else ABSENT for row in rows],
             [number(row.get("kl")) for row in rows],
         ]
-        names = [_name(row, results) for row in rows]
+        names = [row["method"] for row in rows]
         cells += [[number(length), *line] for line in zip(names, *columns, strict=True)]
+    base = results.baseline
     note = (
-        f"{BEST} best of its length. Loss: mean negative log-likelihood of the text's last tokens, in nats; lower is better. "
-        f"Pass-keys: keys hidden at several depths and asked for at the end. Agreement: same next token as {results.baseline}."
+        f"{BEST} best of its length. {base} is the baseline. Loss: mean negative log-likelihood of the text's last tokens, "
+        "in nats; lower is better. Pass-keys: keys hidden at several depths and asked for at the end. "
+        f"Agreement: same next token as {base}."
     )
-    blocks: list[Block] = [
-        Table("Quality", headers, cells, note, grouped=True),
-        Figure(
-            "Loss",
-            lambda prefix: plots.losses(prefix, results),
-            "Whiskers: 95 % intervals. Dashed: the baseline. Left is better.",
-        ),
-    ]
-    if any(row.get("trials") for row in results.rows.values()):
-        blocks.append(
-            Figure("Pass-keys by depth", lambda prefix: plots.depths(prefix, results), "0 % is the start of the text.")
-        )
-    if len(results.lengths) > 1 and any(row["passkey_trials"] for row in results.rows.values()):
-        blocks.append(
-            Figure(
-                "Pass-keys by length",
-                lambda prefix: plots.retrieval(prefix, results),
-                "Dashed: the baseline. Whiskers: 95 % intervals.",
-            )
-        )
-    return blocks
+    return [Table("Quality", headers, cells, note, grouped=True), *_quality_figures(results)]
+
+
+def _quality_figures(results: Results) -> list[Figure]:
+    rows = results.rows.values()
+    figures = []
+    if any(row["loss"] is not None for row in rows):
+        whiskers = "Left is better; each length has its own scale. Bars: 95 % intervals. Dashed: the baseline."
+        figures.append(Figure("Loss", lambda prefix: plots.losses(prefix, results), whiskers))
+    if any(row.get("trials") for row in rows):
+        start = "0 % is the start of the text."
+        figures.append(Figure("Pass-keys by depth", lambda prefix: plots.depths(prefix, results), start))
+    if len(results.lengths) > 1 and any(row["passkey_trials"] for row in rows):
+        whiskers = "Dashed: the baseline. Bars: 95 % intervals."
+        figures.append(Figure("Pass-keys by length", lambda prefix: plots.retrieval(prefix, results), whiskers))
+    return figures
 
 
 def _marked(rows: Sequence[Row], field: str, choose: Callable[..., float], write: Callable[[Row], str]) -> list[str]:
@@ -161,20 +153,18 @@ def _cost(results: Results, shared: Sequence[str]) -> list[Block]:
             _marked(rows, "kv_mib", min, lambda row: number(row["kv_mib"])),
             [str(row.get("policy") or ABSENT) for row in rows],
         ]
-        names = [_name(row, results) for row in rows]
+        names = [row["method"] for row in rows]
         cells += [[number(length), *line] for line in zip(names, *columns, strict=True)]
-    note = f"{BEST} best of its length."
+    note = f"{BEST} best of its length. {results.baseline} is the baseline."
     if shared:
         note += " † prefilled once, densely, and shared by all methods marked so: the time is that of the dense prefill."
+    blocks: list[Block] = [Table("Cost", headers, cells, note, grouped=True)]
     length = results.lengths[-1]
-    return [
-        Table("Cost", headers, cells, note, grouped=True),
-        Figure(
-            "Quality against cost",
-            lambda prefix: plots.tradeoff(prefix, results.at(length), results.methods),
-            f"{number(length)} tokens. Lower and further left is better.",
-        ),
-    ]
+    rows = [row for row in results.at(length) if row["loss"] is not None]
+    if any(row[field] is not None for row in rows for field in plots.COSTS):
+        where = f"{number(length)} tokens. Lower and further left is better."
+        blocks.append(Figure("Quality against cost", lambda prefix: plots.tradeoff(prefix, rows, results.methods), where))
+    return blocks
 
 
 SPEC = SectionSpec(_draw, _REQUIRED)

@@ -11,10 +11,11 @@ from attnkit.report.tables import number
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["depths", "losses", "retrieval", "tradeoff"]
+__all__ = ["COSTS", "depths", "losses", "retrieval", "tradeoff"]
 
 _WIDTH = 8.2
 _PANELS = 4  # lengths side by side; more would be too narrow to read
+COSTS = {"prefill_s": "prefill, s", "kv_mib": "KV cache, MiB"}
 _DASHED = (0, (4, 3))
 
 
@@ -34,7 +35,7 @@ def losses(prefix: str, results: Results) -> str:
                     _whisker(axes, row, place)
             axes.set_title(f"{number(length)} tokens")
             axes.set_xlabel("loss, nats per token")
-            axes.locator_params(axis="x", nbins=5)
+            axes.locator_params(axis="x", nbins=4)
             axes.margins(x=0.12)
             axes.set_ylim(len(results.methods) - 0.5, -0.5)
             axes.grid(visible=False, axis="y")
@@ -80,7 +81,16 @@ def _heat(axes: "Axes", rows: Sequence[Row | None]) -> None:
             trials = hits.get(depth)
             share = sum(trials) / len(trials) if trials else 0.0
             # the fill's opacity carries the share, so that empty cells take the page's own background
-            axes.barh(place, 0.92, left=column - 0.46, height=0.86, color=ACCENT, alpha=0.06 + 0.84 * share, linewidth=0)
+            axes.barh(
+                place,
+                0.92,
+                left=column - 0.46,
+                height=0.86,
+                color=ACCENT,
+                alpha=0.06 + 0.84 * share,
+                linewidth=0,
+                clip_on=False,
+            )
             if trials:
                 color = SURFACE if share > 0.6 else INK
                 axes.text(column, place, f"{sum(trials)}/{len(trials)}", ha="center", va="center", color=color, fontsize=8)
@@ -97,7 +107,7 @@ def retrieval(prefix: str, results: Results) -> str:
     facts = "; ".join(
         f"{row['method']} at {row['length']}: {row['passkey_hits']}/{row['passkey_trials']}" for row in results.rows.values()
     )
-    with canvas(prefix, _WIDTH, 3.0, alt=f"Pass-keys found by length. {facts}") as drawn:
+    with canvas(prefix, _WIDTH, _beside_legend(len(results.methods)), alt=f"Pass-keys found by length. {facts}") as drawn:
         axes = drawn.axes[0]
         for place, method in enumerate(results.methods):
             rows = [results.rows[method, length] for length in results.lengths if (method, length) in results.rows]
@@ -129,15 +139,17 @@ def retrieval(prefix: str, results: Results) -> str:
 
 def tradeoff(prefix: str, rows: Sequence[Row], methods: Sequence[str]) -> str:
     """Loss against prefill time and against KV memory, one point a method."""
-    costs = [("prefill_s", "prefill, s"), ("kv_mib", "KV cache, MiB")]
+    costs = [(field, label) for field, label in COSTS.items() if any(row[field] is not None for row in rows)]
     facts = "; ".join(
         f"{row['method']}: loss {number(row['loss'], 4)}, prefill {number(row['prefill_s'])} s, KV {number(row['kv_mib'])} MiB"
         for row in rows
     )
-    with canvas(prefix, _WIDTH, 3.3, len(costs), alt=f"Loss against cost. {facts}", share_y=True) as drawn:
+    with canvas(
+        prefix, _WIDTH, _beside_legend(len(rows)), len(costs), alt=f"Loss against cost. {facts}", share_y=True
+    ) as drawn:
         for axes, (field, label) in zip(drawn.axes, costs, strict=True):
             for row in rows:
-                if row["loss"] is None or row[field] is None:
+                if row[field] is None:
                     continue
                 color, marker = series(methods.index(row["method"]))
                 axes.plot(
@@ -152,3 +164,8 @@ def tradeoff(prefix: str, rows: Sequence[Row], methods: Sequence[str]) -> str:
         for text in legend.get_texts():
             text.set_color(INK)
     return drawn.svg
+
+
+def _beside_legend(entries: int) -> float:
+    """Height in inches of a figure with a legend of so many entries at its side."""
+    return max(3.2, 0.8 + 0.2 * entries)

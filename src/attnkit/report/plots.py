@@ -58,7 +58,7 @@ def canvas(prefix: str, width: float, height: float, columns: int = 1, *, alt: s
         drawn = Canvas(figure, list(grid[0]))
         yield drawn
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     drawn.svg = _inline(buffer.getvalue(), prefix, alt)
 
 
@@ -92,12 +92,17 @@ def _inline(document: str, prefix: str, alt: str) -> str:
     """Cut an SVG file down to an element of an HTML page."""
     svg = document[document.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'id="(\w+)"', rf'id="{prefix}\1"', svg)
-    svg = re.sub(r"url\(#(\w+)\)", rf"url(#{prefix}\1)", svg)
-    svg = re.sub(r'xlink:href="#(\w+)"', rf'href="#{prefix}\1"', svg)
-    svg = svg.replace(f"'{_FONT}'", "var(--font)")
+    used = set(re.findall(r'(?:url\(|xlink:href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]+)"', rf'href="#{prefix}\1"', svg)
+    svg = re.sub(rf"font: ([\d.]+px) '{_FONT}'", r"font-size: \1", svg)  # the family is inherited from the page
+    svg = svg.replace(f" font-family: '{_FONT}';", "")
     svg = re.sub("|".join(_VARIABLES), lambda found: f"var({_VARIABLES[found[0]]})", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"|<g/>', "", svg)
+    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)
+    svg = re.sub(r"\s+", " ", svg).replace("> <", "><")
     label = html.escape(alt, quote=True)
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

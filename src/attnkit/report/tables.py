@@ -76,6 +76,6 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
 
 def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Build a Markdown table; `|` and line breaks inside cells are escaped."""
-    written = [[cell(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows]
+    head, *written = [[cell(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in (headers, *rows)]
     marks = ["---:" if is_numeric(row[index] for row in written) else "---" for index in range(len(headers))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [list(headers), marks, *written])
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, marks, *written))

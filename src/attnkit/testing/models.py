@@ -39,7 +39,11 @@ _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
             "query_pre_attn_scalar": 16,
         },
     ),
-    "phi3": (Phi3Config, Phi3ForCausalLM, {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {"partial_rotary_factor": 0.5, "num_key_value_heads": 4, "original_max_position_embeddings": 512},
+    ),
 }
 _SHAPE = {
     "vocab_size": 61,

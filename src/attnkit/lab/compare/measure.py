@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import os
 import threading
 import time
@@ -43,7 +42,6 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Self:
-        gc.collect()
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
             self._before = torch.cuda.memory_allocated(self._cuda)

@@ -38,7 +38,7 @@ class Method:
 METHODS: Registry[Method] = Registry("method")
 
 
-def select(names: Sequence[str] | None) -> list[Method]:
+def select(names: Sequence[str] | None) -> tuple[Method, ...]:
     """The methods to run, the baseline always among them and first.
 
     Args:
@@ -47,10 +47,10 @@ def select(names: Sequence[str] | None) -> list[Method]:
         OptionError: an unknown name.
     """
     if names is None:
-        return [method for method in METHODS.values() if method.default]
+        return tuple(method for method in METHODS.values() if method.default)
     if tuple(names) == ("all",):
-        return list(METHODS.values())
-    return [METHODS[name] for name in dict.fromkeys([BASELINE, *names])]
+        return METHODS.values()
+    return tuple(METHODS[name] for name in dict.fromkeys([BASELINE, *names]))
 
 
 def describe(policy: "Policy") -> str:

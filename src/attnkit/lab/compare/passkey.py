@@ -17,7 +17,7 @@ ANSWER_TOKENS = 12
 NEEDLE = "\n\nThe secret pass key is {key}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the secret pass key in the text above?"
 OPENING = "The secret pass key is"
-_HAYSTACK = "\x1f"
+_HAYSTACK = "<<haystack>>"
 _SENTENCE_SEARCH = 64
 
 

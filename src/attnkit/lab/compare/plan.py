@@ -1,5 +1,6 @@
 """Which inputs there are, and in which order methods read them."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,13 @@ class Input:
     """One input of the protocol.
 
     Attributes:
-        index: among all inputs.
+        turn: how many inputs of its kind come before it.
         length: tokens.
         trial: which window of the text, or which key at this depth.
         depth: of the pass-key; None for a text window.
     """
 
-    index: int
+    turn: int
     length: int
     trial: int
     depth: float | None = None
@@ -36,14 +37,18 @@ class Input:
 
 def inputs(lengths: Sequence[int], trials: int) -> list[Input]:
     """All inputs: for each length and trial a text window, then a pass-key at each depth."""
-    kinds = [(length, trial, depth) for length in lengths for trial in range(trials) for depth in (None, *DEPTHS)]
-    return [Input(index, *kind) for index, kind in enumerate(kinds)]
+    turns = {True: itertools.count(), False: itertools.count()}
+    return [
+        Input(next(turns[depth is None]), length, trial, depth)
+        for length in lengths
+        for trial in range(trials)
+        for depth in (None, *DEPTHS)
+    ]
 
 
 def order(item: Input, methods: Sequence[Method]) -> list[Method]:
-    """Methods in their order for one input: rotated by its index; on text the baseline comes first."""
-    shift = item.index % len(methods)
-    rotated = [*methods[shift:], *methods[:shift]]
-    if item.depth is None:
-        rotated.sort(key=lambda method: method.name != BASELINE)
-    return rotated
+    """Methods in their order for one input, rotated from turn to turn; on text the baseline stays first."""
+    fixed = [method for method in methods if item.depth is None and method.name == BASELINE]
+    others = [method for method in methods if method not in fixed]
+    shift = item.turn % max(len(others), 1)
+    return [*fixed, *others[shift:], *others[:shift]]

@@ -22,7 +22,8 @@ class State:
         config: everything that decides the results, as JSON values.
         resume: go on with what the folder holds.
     Raises:
-        OptionError: the folder holds an unfinished comparison and `resume` is not set, or one of another configuration.
+        OptionError: the folder holds an unfinished comparison and `resume` is not set, or one of another configuration; or
+            `resume` is set and there is no folder.
         InputError: the file in it is damaged.
 
     Attributes:
@@ -31,6 +32,8 @@ class State:
     """
 
     def __init__(self, out: Path | None, config: Mapping[str, Any], *, resume: bool) -> None:
+        if resume and out is None:
+            raise OptionError("resume=True needs out, the folder of the comparison to continue")
         self._path = None if out is None else out / FILE
         self._config = report.plain(config)
         self.results: dict[str, Any] = {}

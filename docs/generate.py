@@ -1,0 +1,96 @@
+"""Writes the pages that are derived from code: python docs/generate.py. A test fails where a committed page is stale."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from attnkit import systems
+from attnkit.cli import EXIT_CODES, main
+from attnkit.ops import OPS
+
+FOLDER = Path(__file__).parent
+NOTICE = "<!-- Written by docs/generate.py. Edit the code it comes from, then run: python docs/generate.py -->"
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of every generated page."""
+    return {"cli.md": _cli(), "operators.md": _operators(), "systems.md": _systems()}
+
+
+def _cli() -> str:
+    codes = "\n".join(f"| {code} | {meaning} |" for code, meaning in EXIT_CODES)
+    parts = [
+        NOTICE,
+        "# Command line",
+        "Results go to stdout, progress and warnings to stderr. `--json` prints one object instead of tables. Every command "
+        "ends its help with two examples and the same thing in Python.",
+        f"## Exit codes\n\n| code | meaning |\n| ---: | --- |\n{codes}",
+    ]
+    for name, depth, text in _commands(main, click.Context(main, info_name="attnkit")):
+        parts.append(f"{'#' * min(depth + 2, 4)} {name}\n\n```text\n{text}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _commands(command: click.Command, context: click.Context) -> Iterator[tuple[str, int, str]]:
+    """Walk the tree: the full name of each command, its depth, and its help as printed 100 columns wide."""
+    context.terminal_width, context.help_option_names = 100, ["-h", "--help"]
+    help_text = "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
+    yield context.command_path, context.command_path.count(" "), help_text
+    if isinstance(command, click.Group):
+        for name in command.list_commands(context):
+            child = command.get_command(context, name)
+            assert child is not None
+            yield from _commands(child, click.Context(child, info_name=name, parent=context))
+
+
+def _operators() -> str:
+    parts = [
+        NOTICE,
+        "# Operators",
+        "What every registered operator can do and what it refuses, as `attnkit ops show NAME` prints it.",
+    ]
+    for spec in OPS.values():
+        can = "\n".join(f"| {_cell(name)} | {_cell(limit)} |" for name, limit in spec.capabilities.items())
+        cannot = "\n".join(f"| {_cell(refusal.what)} | {_cell(refusal.why)} |" for refusal in spec.refusals)
+        names = ", ".join(f"`{backend.name}`" + ("" if backend.auto else " (only when named)") for backend in spec.backends)
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in spec.dtypes)
+        parts += [
+            f"## {spec.name}",
+            f"{spec.summary[0].upper()}{spec.summary[1:]}.",
+            f"- Source: {spec.source}\n- Backends, in order of preference: {names}\n- Dtypes: {dtypes}\n"
+            f"- Conformance cases: {len(spec.cases)}",
+            f"| it can | how far |\n| --- | --- |\n{can}",
+            f"| it refuses | because |\n| --- | --- |\n{cannot}",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _systems() -> str:
+    catalogue = systems.load()
+    # in the table links are relative to the root of the repository, where README.md is
+    table = re.sub(r"\]\((?!https?:)", "](../", systems.markdown(catalogue))
+    return "\n\n".join(
+        [
+            NOTICE,
+            "# The thirty-one systems",
+            f"{systems.summary(catalogue)}. *Planned*: nothing yet. *Partial*: a usable part. *Works*: all of it, tested. "
+            "*Measured*: raced against its peers. `attnkit systems` prints the same list.",
+            f"{table}\n",
+        ]
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def write() -> None:
+    """Rewrite every generated page."""
+    for name, text in pages().items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,175 @@
+"""`attnkit compare`: methods x lengths on the user's model and text, quality and cost in one result."""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from attnkit.cli._common import (
+    Progress,
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    out_option,
+    parse_lengths,
+    parse_names,
+    quiet_option,
+    resolve_device,
+    resolve_dtype,
+    resume_option,
+    seed_option,
+    verb,
+    warn,
+)
+
+if TYPE_CHECKING:
+    from attnkit.lab.compare import Event
+
+__all__ = ["MEMORY_HINT", "command", "compare_and_show"]
+
+MEMORY_HINT = "finished parts are kept; use shorter --lengths, --dtype bf16, or --device cpu"
+
+
+@verb(
+    "compare",
+    examples=(
+        "attnkit compare --model ./my-model --text book.txt --lengths 4k,16k --methods dense,window,yarn",
+        "attnkit compare --trials 4 --out runs/first --resume",
+    ),
+    python='from attnkit.lab import compare\nresult = compare.run(model="./my-model", text="book.txt", lengths=[4096])',
+    memory_hint=MEMORY_HINT,
+)
+@click.option(
+    "--model",
+    default="smollm2",
+    show_default=True,
+    metavar="smollm2|DIR|FILE.gguf",
+    help="The packaged model, a folder of safetensors, or a GGUF file.",
+)
+@click.option("--text", default="wiki", show_default=True, metavar="FILE|ASSET", help="A UTF-8 file, wiki or novels.")
+@click.option(
+    "--lengths",
+    default="2048",
+    show_default=True,
+    callback=parse_lengths,
+    metavar="N,..",
+    help="Tokens of context: 2048 or 4k,16k.",
+)
+@click.option(
+    "--methods", callback=parse_names, metavar="A,B,..|all", help="Methods; dense always runs.  [default: the common ones]"
+)
+@click.option(
+    "--trials", type=click.IntRange(min=1), default=1, show_default=True, help="Texts a length, and keys at each depth."
+)
+@device_option
+@dtype_option
+@seed_option
+@out_option
+@resume_option
+@json_option
+@quiet_option
+def command(
+    model: str,
+    text: str,
+    lengths: tuple[int, ...],
+    methods: tuple[str, ...] | None,
+    trials: int,
+    device: str,
+    dtype: str,
+    seed: int,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare long-context methods: what each keeps (loss, pass-keys, agreement with dense) and costs (time, memory).
+
+    Writes results.json and report/index.html into --out (default: attnkit-compare). Ctrl-C keeps what is finished.
+
+    Exit codes: 3 model, text or package not installed; 4 bad input; 5 no such device or out of memory; 130 interrupted.
+    """
+    place = resolve_device(device)
+    compare_and_show(
+        as_json=as_json,
+        quiet=quiet,
+        out=out or Path("attnkit-compare"),
+        resume=resume,
+        model=model,
+        text=text,
+        lengths=lengths,
+        methods=methods,
+        trials=trials,
+        device=place,
+        dtype=resolve_dtype(dtype, place),
+        seed=seed,
+    )
+
+
+def compare_and_show(*, as_json: bool, quiet: bool, out: Path, resume: bool, **arguments: Any) -> None:
+    """Run a comparison with progress on stderr, then print its tables and say where its files are.
+
+    Args:
+        as_json: print the envelope instead of tables.
+        quiet: no progress.
+        out, resume, arguments: see `attnkit.lab.compare.run`.
+    """
+    from attnkit.lab import compare
+
+    with _Listener(out, silent=quiet or as_json).listening() as listener:
+        line = shlex.join(["attnkit", *sys.argv[1:]])
+        document = compare.run(**arguments, out=out, resume=resume, on_event=listener.hear, command=line)
+    emit(document, as_json, *_tables(document), f"report: {out / 'report' / 'index.html'}   data: {out / 'results.json'}")
+
+
+class _Listener:
+    """Turns events into a progress bar and warnings."""
+
+    def __init__(self, out: Path, *, silent: bool) -> None:
+        self._out, self._silent = out, silent
+        self._progress: Progress | None = None
+        self._stack = contextlib.ExitStack()
+        self._last: Event | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator["_Listener"]:
+        """The time in which events come."""
+        with self._stack:
+            try:
+                yield self
+            except KeyboardInterrupt:
+                self._stack.close()
+                if self._last is not None:
+                    done = f"{self._last.done} of {self._last.total} steps are kept in {self._out}"
+                    warn(f"{done}; the same command with --resume goes on")
+                raise
+
+    def hear(self, event: "Event") -> None:
+        """One event."""
+        before, self._last = self._last, event
+        if self._progress is None:
+            self._progress = self._stack.enter_context(Progress("comparing", event.total, silent=self._silent))
+            if event.done:
+                self._progress.advance(event.done, note="done before")
+        elif event.kind == "step":
+            self._progress.advance(event.done - (before.done if before else 0), note=event.text)
+        elif event.kind == "phase":
+            self._progress.phase(event.text)
+        elif event.kind == "warning":
+            warn(event.text)
+
+
+def _tables(document: dict[str, Any]) -> list[Any]:
+    """The tables of the report, as far as a terminal is wide enough for them."""
+    from attnkit.report import SECTIONS, Table, table
+
+    section = SECTIONS[document["schema"]].draw(document)
+    shown: list[Any] = []
+    for block in section.blocks:
+        if isinstance(block, Table):
+            shown += [table(block.headers, block.rows, title=block.title), block.note, ""]
+    return [*shown, *section.lead]

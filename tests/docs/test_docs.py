@@ -1,0 +1,189 @@
+"""The documentation runs, says what the code says, and leaves no public name out."""
+
+import doctest
+import importlib
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import pytest
+
+import attnkit
+from attnkit.cli import main
+from attnkit.cli.doctor import TESTED_TRANSFORMERS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+SOURCE = ROOT / "src" / "attnkit"
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+NAMESPACES = ["assets", "errors", "inference", "kv", "lab.compare", "lab.numerics.conformance", "ops", "report", "systems"]
+MODULES = [
+    ".".join(("attnkit", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in sorted(SOURCE.rglob("*.py"))
+    if re.search(r">>> (?!.*\+SKIP)", path.read_text(encoding="utf-8"))
+]
+
+
+def script(name: str) -> ModuleType:
+    """Import a script of docs/ from its file."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def public_names() -> set[str]:
+    names = set()
+    for namespace in NAMESPACES:
+        module = attnkit.errors if namespace == "errors" else importlib.import_module(f"attnkit.{namespace}")
+        names |= {f"attnkit.{namespace}.{name}" for name in module.__all__ if callable(getattr(module, name))}
+    return names
+
+
+def test_there_are_doctests() -> None:
+    assert {"attnkit.ops", "attnkit.ops.merge", "attnkit.ops.attention.api", "attnkit.inference.policy"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstrings(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", ["start", "attention", "inference", "compare", "conformance"])
+def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`python` blocks run, `pycon` blocks give what they show; the blocks of a page share their names."""
+    text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {"__name__": f"docs.{name}"}
+    runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
+    blocks = list(re.finditer(r"^```(python|pycon)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert blocks
+    for block in blocks:
+        line = text[: block.start()].count("\n") + 1
+        if block[1] == "python":
+            exec(compile("\n" * line + block[2], f"{name}.md", "exec"), names)
+        else:
+            test = parser.get_doctest(block[2], names, f"{name}.md", f"{name}.md", line)
+            assert test.examples
+            runner.run(test, clear_globs=False)
+            names = test.globs
+    assert runner.summarize().failed == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["cli.md", "operators.md", "systems.md"])
+def test_generated_pages_are_fresh(name: str) -> None:
+    committed = (DOCS / name).read_text(encoding="utf-8")
+    assert committed == script("generate").pages()[name], "stale; run: python docs/generate.py"
+
+
+def test_figures_are_fresh(tmp_path: Path) -> None:
+    """The same labels and as many shapes; coordinates may differ in the last digit between matplotlibs."""
+    figures = script("figures")
+    figures.write(tmp_path)
+
+    def content(path: Path) -> tuple[list[str], int]:
+        svg = path.read_text(encoding="utf-8")
+        return re.findall(r"<text[^>]*>([^<]*)</text>", svg), svg.count("<path ")
+
+    for name in figures.FIGURES:
+        labels, shapes = content(DOCS / "figures" / name)
+        assert labels
+        assert (labels, shapes) == content(tmp_path / name), "stale; run: python docs/figures.py"
+
+
+def _commands() -> Iterator[tuple[str, str]]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for match in re.finditer(r"^(?:\$ |  )(attnkit [a-z].*)$|`(attnkit [a-z][^`]*)`", text, re.MULTILINE):
+            yield page.name, (match[1] or match[2]).split("#")[0]
+
+
+def test_commands_in_pages_exist() -> None:
+    """Every `attnkit ...` names a verb that exists, with options that it has."""
+    found = list(_commands())
+    assert len(found) > 50
+    for page, line in found:
+        command: click.Command = main
+        for word in line.split()[1:]:
+            if isinstance(command, click.Group) and not word.startswith("-"):
+                child = command.get_command(click.Context(command), word)
+                assert child is not None, f"{page}: {line}: no command {word!r}"
+                command = child
+            elif word.startswith("-"):
+                options = {name for option in command.params for name in option.opts} | {"--help"}
+                assert word in options, f"{page}: {line}: {command.name} has no {word}"
+
+
+def test_methods_are_described() -> None:
+    from attnkit.inference import available
+    from attnkit.lab.compare import METHODS
+    from attnkit.testing import FAMILIES
+
+    inference, compare = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("inference", "compare"))
+    assert [name for name in (*available(), *FAMILIES) if f"`{name}`" not in inference] == []
+    assert [name for name in METHODS if f"`{name}`" not in compare] == []
+    low, high = (".".join(map(str, bound)) for bound in TESTED_TRANSFORMERS)
+    assert f"{low}..{high}" in inference
+
+
+def test_channel_orders_are_described() -> None:
+    from attnkit.inference import compat
+
+    text = (DOCS / "inference.md").read_text(encoding="utf-8")
+    for family, types in (("(i, i + R/2)", compat.HALF_SPLIT), ("(2i, 2i + 1)", compat.INTERLEAVED)):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {family} |"))
+        assert row.split("|")[2].replace(" ", "").split(",") == sorted(types)
+
+
+def test_environment_variables_are_described() -> None:
+    declared = set(re.findall(r"ATTNKIT_[A-Z_]+", (SOURCE / "_core" / "settings.py").read_text(encoding="utf-8")))
+    described = set(re.findall(r"^\| `(ATTNKIT_[A-Z_]+)`", (DOCS / "start.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert described == declared
+
+
+def test_examples_are_described() -> None:
+    text = (DOCS / "start.md").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "examples").glob("*.py") if f"`examples/{path.name}`" not in text] == []
+
+
+def test_make_targets_are_described() -> None:
+    """CONTRIBUTING names no target that does not exist, and leaves out only those for help and cleaning up."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = set(re.findall(r"^\| `make ([a-z-]+)`", text, re.MULTILINE))
+    assert named <= targets
+    assert targets - named <= {"help", "clean"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason='needs pip install "attnkit[docs]"')
+def test_site_builds_without_a_warning_and_holds_every_public_name(tmp_path: Path) -> None:
+    source = tmp_path / "docs"
+    shutil.copytree(DOCS, source, ignore=shutil.ignore_patterns("_build"))
+    for page in ROOT.glob("*.md"):
+        shutil.copy(page, tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", source, tmp_path / "site"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    from sphinx.util.inventory import InventoryFile
+
+    with (tmp_path / "site" / "objects.inv").open("rb") as stream:
+        inventory = InventoryFile.load(stream, "", lambda base, uri: uri)
+    documented = {name for kind, entries in inventory.items() if kind.startswith("py:") for name in entries}
+    assert sorted(public_names() - documented) == []
+    html = "".join(path.read_text(encoding="utf-8") for path in (tmp_path / "site").glob("*.html"))
+    assert re.findall(r'(?:src|href)="https?://(?!arxiv\.org)[^"]*\.(?:js|css)', html) == [], "a page loads from the network"
