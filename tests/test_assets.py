@@ -198,12 +198,12 @@ def string_vector(strings: list[bytes | None], *, version: int, kind: int = 16) 
 def test_novels_are_read_from_r_data(cache: Path, version: int) -> None:
     short = string_vector([b"EMMA", None, b"By Jane Austen"], version=version)
     long = string_vector(
-        [b"PRIDE AND PREJUDICE", b"", b"It is a truth", b"universally acknowledged, caf\xc3\xa9", b"", b""], version=version
+        [b"PRIDE AND PREJUDICE", b"", b"It is a truth", b"universally acknowledged, Z\xc3\xbcrich", b"", b""], version=version
     )
     carry("novels", short + long)
     first, second = assets.documents("novels")
     assert (first.name, second.name) == ("Pride and Prejudice", "Emma")
-    assert first.text == "PRIDE AND PREJUDICE\n\nIt is a truth universally acknowledged, caf\u00e9"
+    assert first.text == "PRIDE AND PREJUDICE\n\nIt is a truth universally acknowledged, Z\u00fcrich"
     assert second.text == "EMMA\n\nBy Jane Austen"
 
 

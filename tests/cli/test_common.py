@@ -124,7 +124,7 @@ def test_progress_on_a_terminal_draws_a_bar(monkeypatch: pytest.MonkeyPatch, cap
         progress.advance(note="first [z]")
         progress.advance()
     written = capsys.readouterr().err
-    for text in ("work [x]", "loading [y]", "2/2"):
+    for text in ("work [x]", "loading [y]", "2/2", "/s"):
         assert text in written
 
 

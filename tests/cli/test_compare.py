@@ -91,7 +91,7 @@ def test_tables_name_methods_best_values_and_files_in_a_hundred_columns(calls: l
         *METHODS,
         "2.750 (2.500 to 3.000) ★",
         "KV MiB",
-        "attnkit-compare/report/index.html",
+        "attnkit-compare/index.html",
         "attnkit-compare/results.json",
     ):
         assert text in result.stdout
@@ -109,15 +109,15 @@ def test_the_demo_is_the_default_comparison_on_the_packaged_model(calls: list[di
     assert invoke("demo", "--quiet").exit_code == 0
     (call,) = calls
     given = (call["model"], call["text"], call["lengths"], call["methods"], call["device"].type, str(call["out"]))
-    assert given == ("smollm2", "wiki", (2048,), None, "cpu", "attnkit-demo")
+    assert given == ("smollm2", "wiki", (2048,), None, "cpu", "report")
 
 
 def test_progress_is_on_stderr_and_tells_phases_warnings_and_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(**arguments: Any) -> dict[str, Any]:
         for event in (
+            compare.Event("phase", "loading tiny", 0, 4),
+            compare.Event("warning", "length 9 is beyond", 0, 4),
             compare.Event("plan", "1 method, 4 inputs", 1, 4),
-            compare.Event("phase", "loading tiny", 1, 4),
-            compare.Event("warning", "length 9 is beyond", 1, 4),
             *(compare.Event("step", f"step {done}", done, 4) for done in (2, 3, 4)),
         ):
             arguments["on_event"](event)
@@ -127,8 +127,8 @@ def test_progress_is_on_stderr_and_tells_phases_warnings_and_the_rest(monkeypatc
     result = invoke("compare")
     assert "loading tiny" in result.stderr
     assert "warning: length 9 is beyond" in result.stderr
-    assert "20 % (1/4)" in result.stderr
-    assert "100 % (4/4)" in result.stderr
+    assert "comparing (1 done before): 30 % (1/3)" in result.stderr
+    assert "comparing (1 done before): 100 % (3/3)" in result.stderr
     assert "step 4" in result.stderr
     assert "loading" not in result.stdout
     silent = invoke("compare", "--quiet")

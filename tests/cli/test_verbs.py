@@ -63,7 +63,7 @@ def test_ops_show(name: str) -> None:
 
 
 def test_ops_show_of_an_unknown_operator_says_what_is_near() -> None:
-    result = run("ops", "show", "atention")
+    result = run("ops", "show", "attentions")
     assert result.exit_code == 4
     assert "did you mean 'attention'" in result.stderr
 

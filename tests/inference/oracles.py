@@ -9,7 +9,7 @@ import itertools
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from attnkit._core.opspec import Budget
 
@@ -111,3 +111,17 @@ def padded(lengths: list[int], *, side: str, seed: int = 0) -> tuple[Tensor, Ten
         mask[row, slice(width - length, None) if side == "left" else slice(0, length)] = 1
     ids = ids.masked_fill(mask == 0, 0)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def special_models():
+    """Models with softcapped scores and with learned sinks; each has a local layer (7 keys) and a full one; eager attention."""
+    shape = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "sliding_window": 7, "pad_token_id": 0,
+        "initializer_range": 0.3, "attn_implementation": "eager",
+    }  # fmt: skip
+    capped = Gemma2Config(**shape, attn_logit_softcapping=0.5)
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}
+    with_sinks = GptOssConfig(**shape, **experts, rope_parameters=rope)
+    return Gemma2ForCausalLM(capped).eval(), GptOssForCausalLM(with_sinks).eval()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import assert_within, oracle_logits, padded, prompt
+from oracles import assert_within, oracle_logits, padded, prompt, special_models
 from transformers import DynamicCache
 
 from attnkit.inference import apply
@@ -117,8 +117,8 @@ def test_a_cache_thinned_out_head_by_head_keeps_padding_masked(family):
             full = [layer for layer in cache.layers if hasattr(layer, "positions")]
             for layer in full:
                 heads = layer.keys.shape[1]
-                # the shorter row keeps padding, real tokens and a mixture, whatever the head
-                index = torch.stack([torch.tensor([head, 5, 9 + head % 2]) for head in range(heads)])
+                # of the shorter row, whose first real token is 7, head 0 keeps two real tokens and the others one
+                index = torch.stack([torch.tensor([head, 5 if head else 7, 9 + head % 2]) for head in range(heads)])
                 layer.keep(index.expand(2, -1, -1).contiguous())
             step = {"attention_mask": longer, "position_ids": position_ids[:, -1:] + 1, "past_key_values": cache}
             logits.append(model(nxt, **step).logits)
@@ -138,25 +138,8 @@ def test_bidirectional_models_are_served():
 
 
 def test_softcap_and_learned_sinks_reach_the_operator():
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GptOssConfig, GptOssForCausalLM
-
-    shape = {
-        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128, "sliding_window": 7, "pad_token_id": 0,
-        "initializer_range": 0.3, "attn_implementation": "eager",
-    }  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": 10_000.0}
     ids = prompt(2, 20)
-    for config, kind in (
-        (Gemma2Config(**shape, attn_logit_softcapping=0.5), Gemma2ForCausalLM),
-        (
-            GptOssConfig(
-                **shape, num_local_experts=2, num_experts_per_tok=1, rope_parameters=rope, experts_implementation="eager"
-            ),
-            GptOssForCausalLM,
-        ),
-    ):
-        model = kind(config).eval()
+    for model in special_models():
         with torch.no_grad():
             eager = model(ids).logits
             with apply(model, "dense"):

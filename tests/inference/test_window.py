@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import assert_within, oracle_logits, padded, prompt
+from oracles import assert_within, oracle_logits, padded, prompt, special_models, window_rules
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -198,6 +198,24 @@ def test_layers_with_a_window_of_their_own_are_left_alone(family, options):
         with apply(model, windowed(window=2, sink=1)):
             assert torch.equal(model(ids).logits, dense)
     judge(model, dense, ids)
+
+
+def test_softcap_and_learned_sinks_count_once():
+    ids = prompt(2, 20)
+    real = torch.ones_like(ids, dtype=torch.bool)
+    for model in special_models():
+
+        def explicit(dtype, model=model):
+            forms = {"full_attention": (5, 2, False), "sliding_attention": (7, 0, False)}
+            hidden = {name: ~window_rules(real, *rules)[0][:, None] for name, rules in forms.items()}
+            masks = {name: torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -torch.inf) for name, mask in hidden.items()}
+            return model.to(dtype)(ids, attention_mask=masks, use_cache=False).logits
+
+        with torch.no_grad():
+            naive = explicit(torch.float32)
+            with apply(model, windowed(window=5, sink=2)):
+                out = model(ids).logits
+            assert_within(out, naive, explicit(torch.float64))
 
 
 def test_what_lies_outside_the_window_changes_no_row():

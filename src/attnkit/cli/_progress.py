@@ -39,7 +39,7 @@ class Progress:
         self._started = time.monotonic()
         if not self._silent and sys.stderr.isatty():
             self._bar = _bar()
-            self._task = self._bar.add_task(self.title, total=self.total, note="")
+            self._task = self._bar.add_task(self.title, total=self.total, note="", rate="")
             self._bar.start()
         return self
 
@@ -51,7 +51,7 @@ class Progress:
         """Count steps as done; `note` says what was just finished."""
         self.done += steps
         if self._bar is not None:
-            self._bar.update(self._task, advance=steps, note=note)  # type: ignore[arg-type]
+            self._bar.update(self._task, advance=steps, note=note, rate=self._rate())  # type: ignore[arg-type]
         elif not self._silent:
             self._line(note)
 
@@ -67,6 +67,10 @@ class Progress:
         elif not self._silent:
             print(text, file=sys.stderr, flush=True)
 
+    def _rate(self) -> str:
+        elapsed = time.monotonic() - self._started
+        return f"{self.done / elapsed:.3g}/s" if elapsed > 0 else "-"
+
     def _line(self, note: str) -> None:
         tenths = 10 if self.done >= self.total else 10 * self.done // self.total
         if tenths <= self._tenths:
@@ -74,8 +78,7 @@ class Progress:
         self._tenths = tenths
         elapsed = time.monotonic() - self._started
         left = elapsed / self.done * (self.total - self.done)
-        rate = f"{self.done / elapsed:.3g}/s" if elapsed > 0 else "-"
-        text = f"{self.title}: {10 * tenths} % ({self.done}/{self.total}), {rate}, {duration(left)} left"
+        text = f"{self.title}: {10 * tenths} % ({self.done}/{self.total}), {self._rate()}, {duration(left)} left"
         print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
 
@@ -88,6 +91,7 @@ def _bar() -> "RichProgress":
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
         console=Console(stderr=True),

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MEMORY_HINT", "command", "compare_and_show"]
 
+SHOWN_TABLES = ("Quality", "Cost")
 MEMORY_HINT = "finished parts are kept; use shorter --lengths, --dtype bf16, or --device cpu"
 
 
@@ -89,7 +90,7 @@ def command(
 ) -> None:
     """Compare long-context methods: what each keeps (loss, pass-keys, agreement with dense) and costs (time, memory).
 
-    Writes results.json and report/index.html into --out (default: attnkit-compare). Ctrl-C keeps what is finished.
+    Writes results.json and index.html into --out (default: attnkit-compare). Ctrl-C keeps what is finished.
 
     Exit codes: 3 model, text or package not installed; 4 bad input; 5 no such device or out of memory; 130 interrupted.
     """
@@ -123,7 +124,7 @@ def compare_and_show(*, as_json: bool, quiet: bool, out: Path, resume: bool, **a
     with _Listener(out, silent=quiet or as_json).listening() as listener:
         line = shlex.join(["attnkit", *sys.argv[1:]])
         document = compare.run(**arguments, out=out, resume=resume, on_event=listener.hear, command=line)
-    emit(document, as_json, *_tables(document), f"report: {out / 'report' / 'index.html'}   data: {out / 'results.json'}")
+    emit(document, as_json, *_tables(document), f"report: {out / 'index.html'}   data: {out / 'results.json'}")
 
 
 class _Listener:
@@ -150,26 +151,29 @@ class _Listener:
 
     def hear(self, event: "Event") -> None:
         """One event."""
-        before, self._last = self._last, event
-        if self._progress is None:
-            self._progress = self._stack.enter_context(Progress("comparing", event.total, silent=self._silent))
-            if event.done:
-                self._progress.advance(event.done, note="done before")
-        elif event.kind == "step":
-            self._progress.advance(event.done - (before.done if before else 0), note=event.text)
-        elif event.kind == "phase":
-            self._progress.phase(event.text)
-        elif event.kind == "warning":
+        self._last = event
+        if event.kind == "warning":
             warn(event.text)
+        elif event.kind == "phase" and not self._silent:
+            click.echo(event.text, err=True)
+        elif event.kind == "plan":
+            title = f"comparing ({event.done} done before)" if event.done else "comparing"
+            self._progress = self._stack.enter_context(Progress(title, event.total - event.done, silent=self._silent))
+        elif self._progress is not None:
+            self._progress.advance(note=event.text)
 
 
 def _tables(document: dict[str, Any]) -> list[Any]:
-    """The tables of the report, as far as a terminal is wide enough for them."""
+    """Two tables of the report, without the column that a terminal is too narrow for; what it holds follows in lines."""
     from attnkit.report import SECTIONS, Table, table
 
     section = SECTIONS[document["schema"]].draw(document)
     shown: list[Any] = []
     for block in section.blocks:
-        if isinstance(block, Table):
-            shown += [table(block.headers, block.rows, title=block.title), block.note, ""]
-    return [*shown, *section.lead]
+        if isinstance(block, Table) and block.title in SHOWN_TABLES:
+            columns = [index for index, header in enumerate(block.headers) if header != "policy"]
+            cells = [[row[index] for index in columns] for row in block.rows]
+            shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
+    longest = max(row["length"] for row in document["rows"])
+    policies = [f"  {row['method']:<16} {row['policy']}" for row in document["rows"] if row["length"] == longest]
+    return [*shown, f"Policies at {longest:,} tokens:", *policies, ""]

@@ -14,8 +14,8 @@ LENGTH = 2048
 
 @verb(
     "demo",
-    examples=("attnkit demo", "attnkit demo --out /tmp/demo"),
-    python='from pathlib import Path\nfrom attnkit.lab import compare\nresult = compare.run(out=Path("attnkit-demo"))',
+    examples=("attnkit demo", "attnkit demo --out runs/demo"),
+    python='from pathlib import Path\nfrom attnkit.lab import compare\nresult = compare.run(out=Path("report"))',
     memory_hint=MEMORY_HINT,
 )
 @out_option
@@ -26,7 +26,7 @@ def command(out: Path | None, resume: bool, as_json: bool, quiet: bool) -> None:
     """Compare the default methods on a real 135M model reading 2,048 tokens of an encyclopaedia, on the CPU.
 
     Takes about two and a half minutes on two cores, needs no network, and ends with tables here and a page in
-    attnkit-demo/report/index.html. Before: pip install "attnkit[gguf]", then attnkit assets fetch lm wiki --run.
+    report/index.html. Before: pip install "attnkit[gguf]", then attnkit assets fetch lm wiki --run.
 
     Exit codes: 3 model, text or package not installed; 130 interrupted, finished parts kept for --resume.
     """
@@ -36,7 +36,7 @@ def command(out: Path | None, resume: bool, as_json: bool, quiet: bool) -> None:
     compare_and_show(
         as_json=as_json,
         quiet=quiet,
-        out=out or Path("attnkit-demo"),
+        out=out or Path("report"),
         resume=resume,
         model="smollm2",
         text="wiki",

@@ -29,8 +29,8 @@ class Padding:
 
     @cached_property
     def starts(self) -> Tensor:
-        """[B] index of each row's first real token; L where there is none yet."""
-        return torch.where(self.mask.any(-1), self.mask.int().argmax(-1), self.mask.shape[-1])
+        """[B] index of each row's first real token; 0 where there is none yet."""
+        return self.mask.int().argmax(-1)
 
     @cached_property
     def contiguous(self) -> bool:

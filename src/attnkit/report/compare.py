@@ -12,6 +12,7 @@ __all__ = ["SPEC"]
 
 _REQUIRED = ("method", "length", "loss", "passkey_hits", "passkey_trials", "prefill_s", "decode_tok_s", "peak_mib", "kv_mib")
 
+_NOTABLE = 0.05  # smaller gains are within the noise of timings
 # field -> how the best of it is announced, and which end of it is best
 _CHEAPEST: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("prefill_s", "shortest prefill", min),
@@ -45,7 +46,8 @@ def _lead(results: Results) -> list[str]:
     for field, words, better in _CHEAPEST:
         rows = [row for row in others if row[field] is not None and base[field]]
         best = better(rows, key=lambda row, field=field: row[field]) if rows else base
-        if best[field] != base[field] and better(best[field], base[field]) == best[field]:
+        gain = abs(best[field] / base[field] - 1) if rows else 0.0
+        if gain >= _NOTABLE and better(best[field], base[field]) == best[field]:
             merits.setdefault(best["method"], []).append(f"{words} ({_ratio(best[field], base[field])})")
     for method, praise in merits.items():
         row = results.rows[method, length]

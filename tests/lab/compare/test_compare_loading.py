@@ -43,12 +43,15 @@ def test_a_model_is_loaded_in_the_dtype_asked_for(folder: Path) -> None:
     assert load(locate(folder), CPU, torch.bfloat16).model.dtype == torch.bfloat16
 
 
-def test_loading_leaves_the_notices_of_transformers_as_they_were(folder: Path) -> None:
+def test_loading_is_silent_and_leaves_the_notices_of_transformers_as_they_were(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     from transformers.utils import logging
 
-    before = (logging.get_verbosity(), logging.is_progress_bar_enabled())
+    before = logging.get_verbosity()
     load(locate(folder), CPU, torch.float32)
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+    assert logging.get_verbosity() == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_is_no_model_is_named_with_the_choices(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from attnkit import report
 from attnkit._core.errors import AttnkitError, InputError, OptionError
 from attnkit.lab import compare
 from attnkit.lab.compare import METHODS, Event, LoadedModel
@@ -16,8 +17,9 @@ LENGTH = 448
 
 
 @pytest.fixture
-def run(loaded: LoadedModel, text: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """A small comparison; arguments replace its own."""
+def run(loaded: LoadedModel, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """A small comparison, its page without figures; arguments replace its own."""
+    monkeypatch.setattr(report.page, "_has_matplotlib", lambda: False)
 
     def call(**arguments: Any) -> dict[str, Any]:
         given = {
@@ -59,7 +61,7 @@ class Stop:
 
 
 def test_one_row_for_each_length_and_method_with_everything_in_it(run: Callable[..., Any]) -> None:
-    document = run(lengths=[640, LENGTH], methods=None, trials=2)
+    document = run(lengths=[640, LENGTH], methods=None)
     assert document["schema"] == "attnkit.compare/1"
     default = [method.name for method in METHODS.values() if method.default]
     assert [(row["length"], row["method"]) for row in document["rows"]] == [
@@ -69,7 +71,7 @@ def test_one_row_for_each_length_and_method_with_everything_in_it(run: Callable[
         assert set(row) == {"method", "length", "policy", "trials", *QUALITY, *COST}
         assert row["loss_low"] <= row["loss"] <= row["loss_high"]
         assert 0 <= row["passkey_low"] <= row["passkey_hits"] / row["passkey_trials"] <= row["passkey_high"] <= 1
-        assert [trial["depth"] for trial in row["trials"]] == [0.1, 0.5, 0.9] * 2
+        assert [trial["depth"] for trial in row["trials"]] == [0.1, 0.5, 0.9]
         assert all(row[name] > 0 for name in COST if name != "peak_mib")
         assert row["kl"] >= 0
     assert document["tail"] == LENGTH // 8
@@ -78,13 +80,13 @@ def test_one_row_for_each_length_and_method_with_everything_in_it(run: Callable[
     assert (document["device"], document["dtype"], document["seed"]) == ("cpu", "float32", 0)
     assert len(document["text_sha256"]) == 64
     keys = {trial["key"] for row in document["rows"] for trial in row["trials"]}
-    assert len(keys) == 2 * 2 * 3  # the same for all methods, another for each length, trial and depth
+    assert len(keys) == 2 * 3  # the same for all methods, another for each length and depth
 
 
 def test_files_hold_what_is_returned(run: Callable[..., Any], tmp_path: Path) -> None:
     document = run(command="attnkit compare --some options")
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == document
-    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    page = (tmp_path / "out" / "index.html").read_text()
     assert "window-decode" in page
     assert "attnkit compare --some options" in page
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report", "results.json", "state.json"]
@@ -118,7 +120,8 @@ def test_methods_read_each_input_in_turn(run: Callable[..., Any]) -> None:
 def test_events_count_from_the_plan_to_the_end(run: Callable[..., Any]) -> None:
     stop = Stop()
     run(on_event=stop)
-    assert (stop.events[0].kind, stop.events[0].done) == ("plan", 0)
+    assert [event.kind for event in stop.events[:2]] == ["phase", "plan"]
+    assert stop.events[1].done == 0
     assert [event.done for event in stop.events if event.kind == "step"] == list(range(1, 13))
     assert {event.total for event in stop.events} == {12}
 
@@ -141,7 +144,7 @@ def test_a_finished_comparison_resumes_to_itself_and_is_replaced_without_resume(
     again = run(resume=True, on_event=stop)
     assert again["rows"] == first["rows"]
     assert again["wall_s"] == first["wall_s"]
-    assert [event.kind for event in stop.events] == ["plan"]
+    assert stop.events == []
     assert run(on_event=stop)["rows"] != first["rows"]
     assert len(stop.steps) == 12
 

@@ -89,7 +89,7 @@ class Window:
             parts = [self._window_part(call, near, None)]
             if self.sink:
                 rank = torch.arange(call.first, call.seen, device=call.q.device)
-                parts.append(self._sink_part(call, call.k[:, : self.sink], call.v[:, : self.sink], rank, None))
+                parts.append(self._sink_part(call, call.k[:, : self.sink], call.v[:, : self.sink], rank))
         else:
             if not call.padding.contiguous:
                 raise UnsupportedError("a row has padding between its tokens, so windows cannot be counted; pad on the left")
@@ -123,8 +123,8 @@ class Window:
         )
         return part  # type: ignore[no-any-return]
 
-    def _sink_part(self, call: LayerCall, k: Tensor, v: Tensor, rank: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`rank` [T] or [B, T] counts each query among the real tokens of its row."""
+    def _sink_part(self, call: LayerCall, k: Tensor, v: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+        """`rank` [T] or [B, T] counts each query among the real tokens of its row; sinks up to its own rank are real."""
         q = call.q
         if self.rerotate:
             assert call.rope is not None  # needs_rotation asked for it
@@ -137,7 +137,6 @@ class Window:
             rank.clamp(0, self.sink - 1),
             scale=call.scale,
             softcap=call.softcap,
-            key_bias=call.key_bias(seen),
             return_lse=True,
             out_dtype=accumulator_dtype(q.dtype),
         )
@@ -146,12 +145,11 @@ class Window:
     def _gathered_sink_part(self, call: LayerCall, padding: Padding) -> tuple[Tensor, Tensor]:
         """Sinks begin where the row's padding ends."""
         token = padding.starts[:, None] + torch.arange(self.sink, device=call.k.device)  # [B, sink]
-        exists = (token < call.seen) & padding.mask.gather(1, token.clamp(max=call.seen - 1))
         stored = call.key_positions()[:, 0].expand(call.k.shape[0], -1).contiguous()
         index = torch.searchsorted(stored, token).clamp_(max=call.k.shape[1] - 1)[..., None, None]
         k, v = (states.gather(1, index.expand(-1, -1, *states.shape[2:])) for states in (call.k, call.v))
         rank = torch.arange(call.first, call.seen, device=call.q.device) - padding.starts[:, None]
-        return self._sink_part(call, k, v, rank, exists[:, None])
+        return self._sink_part(call, k, v, rank)
 
     def _drop(self, call: LayerCall) -> None:
         layer = call.layer

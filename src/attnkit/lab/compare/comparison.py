@@ -26,7 +26,8 @@ class Event:
     """What a running comparison tells.
 
     Attributes:
-        kind: "plan" (once, first), "phase" (something slow begins), "warning", or "step" (a method has read an input).
+        kind: "phase" (something slow begins), "warning", "plan" (once, when steps begin), or "step" (a method has read an
+            input).
         text: one line.
         done, total: steps, those found by resuming among the done ones.
     """
@@ -93,7 +94,6 @@ class Comparison:
         self._setup, self._state, self._on_event = setup, state, on_event
         self._inputs = inputs(setup.lengths, setup.trials)
         self._spent, self._began = state.wall_s, time.perf_counter()
-        self._tell("plan", f"{len(setup.methods)} methods, {len(self._inputs)} inputs")
 
     @property
     def todo(self) -> list[tuple[Input, list[Method]]]:
@@ -119,6 +119,7 @@ class Comparison:
         self._tell("phase", f"reading {setup.text.name}, first calls of all methods")
         ids = texts.tokenize(setup.text, source.tokenizer, lengths=setup.lengths, trials=setup.trials)
         session.check(setup.methods, min(setup.lengths))
+        self._tell("plan", f"{len(setup.methods)} methods, {len(self._inputs)} inputs")
         for item, methods in self.todo:
             content = self._content(item, ids, frame)
             session.begin()
@@ -150,7 +151,7 @@ class Comparison:
                 "tail": texts.tail_length(setup.lengths),
                 "shared_prefill": shared if len(shared) > 1 else [],
                 "depths": passkey.DEPTHS,
-                "prompt": f"{passkey.NEEDLE}...{passkey.QUESTION}",
+                "prompt": [passkey.NEEDLE, passkey.QUESTION, passkey.OPENING],
                 "threads": torch.get_num_threads(),
             },
         )

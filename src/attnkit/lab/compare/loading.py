@@ -1,6 +1,7 @@
 """Models from this machine only: the packaged one, a folder of safetensors, or a GGUF file."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,12 +121,10 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # some of its bars have no switch
+            yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -12,11 +12,12 @@ __all__ = ["ANSWER_TOKENS", "DEPTHS", "NEEDLE", "OPENING", "QUESTION", "Frame", 
 
 DEPTHS = (0.1, 0.5, 0.9)
 ANSWER_TOKENS = 12
-# Worded so that a 135M model finds the key in 2,048 tokens of an encyclopaedia with dense attention: a paragraph of its
-# own, and an answer that begins with the words of the needle. Instructions ahead of the text made it worse.
+# Worded so that a 135M model finds the key with dense attention in 2,048 and 4,096 tokens of an encyclopaedia: a paragraph
+# of its own, and an answer that begins by quoting it. Without the quote the model sometimes makes up a story; instructions
+# ahead of the text made it worse.
 NEEDLE = "\n\nThe secret pass key is {key}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the secret pass key in the text above?"
-OPENING = "The secret pass key is"
+OPENING = 'The text says: "The secret pass key is'
 _HAYSTACK = "<<haystack>>"
 _SENTENCE_SEARCH = 64
 

@@ -43,7 +43,7 @@ def run(
         methods: names in METHODS; None means the default ones, ("all",) all. The baseline, dense, always runs.
         device: where to compute, "cpu" by default; a `LoadedModel` stays where it is.
         dtype: of the model, by default bfloat16 on CUDA and float32 elsewhere; a `LoadedModel` keeps its own.
-        out: folder for state.json, results.json and report/index.html; None writes nothing.
+        out: folder for state.json, results.json and index.html; None writes nothing.
         resume: go on with the unfinished comparison in `out`.
         seed: of keys, haystacks and intervals.
         trials: text windows, and keys at each depth, for every length.
@@ -74,7 +74,7 @@ def run(
     document = comparison.envelope(command or f"attnkit.lab.compare.run({call})")
     if out is not None:
         report.write_json(out / "results.json", document)
-        report.write_html(out / "report" / "index.html", [document])
+        report.write_html(out / "index.html", [document])
         state.write(finished=True)
     return document
 

@@ -1,6 +1,7 @@
 """One model reading one input under one method: what is recorded of it."""
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ class Session:
         """Score the tail, then decode.
 
         Returns:
-            losses (one a tail token), kl, agreement, prefill_s, peak_mib, decode_tok_s, kv_mib.
+            losses (one a tail token), kl, agreement, prefill_s, peak_mib, token_s (one a decoded token), kv_mib.
         """
         reference = None if method.name == BASELINE else self._dense_logits(item, length)
         start = self._dense_start(item.context, length) if method.shares_dense_prefill else None
@@ -92,7 +93,7 @@ class Session:
             after = self._forward(item.tail, start.cache)
             kv_mib = start.cache.nbytes() / MIB
             logits = torch.cat([start.logits[None], after[:-1]])
-            _, seconds = self._decode(after[-1], start.cache, steps=DECODED, stop=())
+            _, token_s = self._decode(after[-1], start.cache, steps=DECODED, stop=())
         if method.name == BASELINE:
             self._reference = logits
         tail = torch.tensor(item.tail, device=logits.device)
@@ -103,7 +104,7 @@ class Session:
             "agreement": agreement,
             "prefill_s": start.seconds,
             "peak_mib": start.peak_mib,
-            "decode_tok_s": DECODED / seconds,
+            "token_s": token_s,
             "kv_mib": kv_mib,
         }
 
@@ -112,13 +113,13 @@ class Session:
         """Ask for a pass-key.
 
         Returns:
-            depth, key, answer, hit, prefill_s, peak_mib.
+            depth, key, answer, hit, prefill_s, peak_mib, token_s.
         """
         start = self._dense_start(prompt.context, length) if method.shares_dense_prefill else None
         with self._applied(method, length) as applied:
             start = start or self._read(prompt.context, applied.new_cache())
             logits = self._forward(prompt.question, start.cache, last=True)[-1]
-            ids, _ = self._decode(logits, start.cache, steps=ANSWER_TOKENS, stop=self._stop)
+            ids, token_s = self._decode(logits, start.cache, steps=ANSWER_TOKENS, stop=self._stop)
         answer = self._tokenizer.decode(ids)
         return {
             "depth": prompt.depth,
@@ -127,6 +128,7 @@ class Session:
             "hit": is_hit(answer, prompt.key),
             "prefill_s": start.seconds,
             "peak_mib": start.peak_mib,
+            "token_s": token_s,
         }
 
     def _applied(self, method: Method, length: int) -> inference.Applied:
@@ -165,17 +167,20 @@ class Session:
         logits: Tensor = self._model(tokens, past_key_values=cache, logits_to_keep=1 if last else 0).logits
         return logits[0]
 
-    def _decode(self, logits: Tensor, cache: AttnkitCache, *, steps: int, stop: Collection[int]) -> tuple[list[int], float]:
-        """Greedy tokens after `logits` [V], and the seconds they took."""
+    def _decode(
+        self, logits: Tensor, cache: AttnkitCache, *, steps: int, stop: Collection[int]
+    ) -> tuple[list[int], list[float]]:
+        """Greedy tokens after `logits` [V], and the seconds of each."""
         ids: list[int] = []
-        begin = clock(self._device)
+        times = [clock(self._device)]
         for _ in range(steps):
             token = int(logits.argmax())
             if token in stop:
                 break
             ids.append(token)
             logits = self._forward([token], cache, last=True)[-1]
-        return ids, clock(self._device) - begin
+            times.append(clock(self._device))
+        return ids, [after - before for before, after in itertools.pairwise(times)]
 
 
 def _compare(reference: Tensor, logits: Tensor) -> tuple[float, float]:
