@@ -11,3 +11,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def small_slack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Window policies drop keys after a few tokens instead of hundreds."""
+    from attnkit.inference.prefill import window
+
+    monkeypatch.setattr(window, "CROP_SLACK", 5)

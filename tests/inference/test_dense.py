@@ -125,6 +125,19 @@ def test_a_cache_thinned_out_head_by_head_keeps_padding_masked(family):
     assert torch.equal(*logits)
 
 
+def test_each_layer_gets_the_padding_that_is_handed_to_it():
+    model, ids = tiny_model("gemma3"), prompt(1, 20)
+    real = {"full_attention": torch.ones(1, 20, dtype=torch.bool), "sliding_attention": torch.ones(1, 20, dtype=torch.bool)}
+    real["full_attention"][:, :9] = False
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    seen = {"full_attention": causal, "sliding_attention": causal.triu(-6)}
+    with torch.no_grad():
+        expected = model(ids, attention_mask={name: (seen[name] & real[name][0])[None, None] for name in seen}).logits
+        with apply(model, "dense"):
+            out = model(ids, attention_mask=real).logits
+    torch.testing.assert_close(out[:, 9:], expected[:, 9:], rtol=1e-4, atol=1e-4)
+
+
 def test_bidirectional_models_are_served():
     model, ids = tiny_model("llama"), prompt(2, 20)
     model.config.is_causal = False

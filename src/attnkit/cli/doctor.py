@@ -121,7 +121,10 @@ def _explain(spec: "OpSpec", inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _extras() -> dict[str, bool]:
     """Extra -> whether all its packages are here, from attnkit's own metadata."""
-    names = importlib.metadata.metadata("attnkit").get_all("Provides-Extra") or []
+    try:
+        names = importlib.metadata.metadata("attnkit").get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:  # run from its sources, which do not say what is installed
+        return {}
     return {name: all(map(_installed, _packages(name))) for name in names if name not in _HIDDEN_EXTRAS}
 
 

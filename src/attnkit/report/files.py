@@ -14,7 +14,7 @@ from attnkit._core.errors import InputError, OptionError
 
 __all__ = ["envelope", "plain", "read_envelope", "versions", "write_json", "write_text"]
 
-_PACKAGES = ("attnkit", "torch", "triton", "transformers", "numpy")
+_PACKAGES = ("torch", "triton", "transformers", "numpy")
 
 
 def plain(value: Any) -> Any:
@@ -58,7 +58,9 @@ def write_json(path: Path, obj: object) -> None:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and the packages that decide numbers, read without importing them; None where absent."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    from attnkit import __version__
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "attnkit": __version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

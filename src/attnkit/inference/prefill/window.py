@@ -66,7 +66,7 @@ class Window:
         """
         self._check(call)
         sees_all = call.seen <= self.sink + self.window or (self.dense_prefill and call.first == 0)
-        out = call.dense() if sees_all else self._merged(call)
+        out = call.dense() if sees_all else self._sparse(call)
         self._drop(call)
         return out
 
@@ -81,21 +81,21 @@ class Window:
                 f"DynamicCache"
             )
 
-    def _merged(self, call: LayerCall) -> Tensor:
+    def _sparse(self, call: LayerCall) -> Tensor:
         # keys further back than this are outside the window of every query
         near = max(call.k.shape[1] - call.q.shape[1] - (self.window - 1), 0)
+        seen = None
         if call.padding is None:
             near = max(near, self.sink)
-            parts = [self._window_part(call, near, None)]
-            if self.sink:
-                rank = torch.arange(call.first, call.seen, device=call.q.device)
-                parts.append(self._sink_part(call, call.k[:, : self.sink], call.v[:, : self.sink], rank))
+        elif call.padding.contiguous:
+            seen = self._real_beyond_sinks(call, call.padding)[..., near:]
         else:
-            if not call.padding.contiguous:
-                raise UnsupportedError("a row has padding between its tokens, so windows cannot be counted; pad on the left")
-            parts = [self._window_part(call, near, self._real_beyond_sinks(call, call.padding)[..., near:])]
-            if self.sink:
-                parts.append(self._gathered_sink_part(call, call.padding))
+            raise UnsupportedError("a row has padding between its tokens, so windows cannot be counted; pad on the left")
+        if call.q.shape[1] == 1:
+            return self._one_query(call, near, seen)
+        parts = [self._window_part(call, near, seen)]
+        if self.sink:
+            parts.append(self._sink_part(call))
         if len(parts) == 1:
             return parts[0][0].to(call.q.dtype)
         out, _ = ops.merge_partials(torch.stack([out for out, _ in parts]), torch.stack([lse for _, lse in parts]))
@@ -123,18 +123,17 @@ class Window:
         )
         return part  # type: ignore[no-any-return]
 
-    def _sink_part(self, call: LayerCall, k: Tensor, v: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-        """`rank` [T] or [B, T] counts each query among the real tokens of its row; sinks up to its own rank are real."""
+    def _sink_part(self, call: LayerCall) -> tuple[Tensor, Tensor]:
+        k, v, rank = self._sinks(call)
         q = call.q
-        if self.rerotate:
+        if self.needs_rotation:
             assert call.rope is not None  # needs_rotation asked for it
-            skipped = (rank - (self.sink + self.window - 1)).clamp(min=0)
-            q = call.rope.rotate(q, -skipped)
+            q = call.rope.rotate(q, -self._skipped(rank))
         part: Any = ops.query_sparse_attention(
             q,
             k,
             v,
-            rank.clamp(0, self.sink - 1),
+            rank.clamp(0, self.sink - 1),  # sinks up to the query's own rank are real
             scale=call.scale,
             softcap=call.softcap,
             return_lse=True,
@@ -142,14 +141,41 @@ class Window:
         )
         return part  # type: ignore[no-any-return]
 
-    def _gathered_sink_part(self, call: LayerCall, padding: Padding) -> tuple[Tensor, Tensor]:
-        """Sinks begin where the row's padding ends."""
-        token = padding.starts[:, None] + torch.arange(self.sink, device=call.k.device)  # [B, sink]
+    def _one_query(self, call: LayerCall, near: int, seen: Tensor | None) -> Tensor:
+        """Decoding: the sinks, turned to where the one query sees them, and its window, in a single call."""
+        k, v, rank = self._sinks(call)
+        if self.needs_rotation:
+            assert call.rope is not None  # needs_rotation asked for it
+            k = call.rope.rotate(k, self._skipped(rank).expand(*rank.shape[:-1], self.sink))
+        if seen is not None:
+            real = torch.arange(self.sink, device=rank.device) <= rank  # [B, sink]
+            seen = torch.cat([real[:, None].expand(-1, seen.shape[1], -1), seen], dim=-1)
+        out: Any = ops.attention(
+            call.q,
+            torch.cat([k, call.k[:, near:]], dim=1),
+            torch.cat([v, call.v[:, near:]], dim=1),
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=call.sinks,
+            key_bias=call.key_bias(seen),
+        )
+        return out  # type: ignore[no-any-return]
+
+    def _skipped(self, rank: Tensor) -> Tensor:
+        """How many tokens lie between the sinks and the window of a query that is number `rank` of its row."""
+        return (rank - (self.sink + self.window - 1)).clamp(min=0)
+
+    def _sinks(self, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, sink, Hkv, D] of the sinks, and each query's rank [T] or [B, T] among its row's real tokens."""
+        rank = torch.arange(call.first, call.seen, device=call.q.device)
+        if call.padding is None:
+            return call.k[:, : self.sink], call.v[:, : self.sink], rank
+        starts = call.padding.starts[:, None]
+        token = starts + torch.arange(self.sink, device=call.k.device)
         stored = call.key_positions()[:, 0].expand(call.k.shape[0], -1).contiguous()
         index = torch.searchsorted(stored, token).clamp_(max=call.k.shape[1] - 1)[..., None, None]
         k, v = (states.gather(1, index.expand(-1, -1, *states.shape[2:])) for states in (call.k, call.v))
-        rank = torch.arange(call.first, call.seen, device=call.q.device) - padding.starts[:, None]
-        return self._sink_part(call, k, v, rank)
+        return k, v, rank - starts
 
     def _drop(self, call: LayerCall) -> None:
         layer = call.layer
