@@ -187,4 +187,4 @@ def test_the_demo_on_the_real_model(tmp_path: Path) -> None:
     assert rows["window"]["passkey_hits"] < dense["passkey_hits"]
     assert dense["loss"] < min(row["loss"] for name, row in rows.items() if name != "dense")
     assert rows["window"]["kv_mib"] < dense["kv_mib"] / 2
-    assert (tmp_path / "report" / "index.html").exists()
+    assert (tmp_path / "index.html").exists()

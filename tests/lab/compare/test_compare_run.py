@@ -89,7 +89,7 @@ def test_files_hold_what_is_returned(run: Callable[..., Any], tmp_path: Path) ->
     page = (tmp_path / "out" / "index.html").read_text()
     assert "window-decode" in page
     assert "attnkit compare --some options" in page
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report", "results.json", "state.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "results.json", "state.json"]
 
 
 def test_without_out_nothing_is_written(run: Callable[..., Any], tmp_path: Path) -> None:

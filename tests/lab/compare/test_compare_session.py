@@ -142,3 +142,17 @@ def test_a_model_without_the_attention_interface_is_refused_by_name(tokenizer: A
     session = Session(LoadedModel("bloom", model, tokenizer), select(None))
     with pytest.raises(UnsupportedArchitecture, match=r"method 'dense' cannot run on this model: .*; choose another model"):
         session.check(select(None), LENGTH)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_what_the_cpu_gives(loaded: LoadedModel, window: TextInput) -> None:
+    methods = select(None)
+    on_cpu = Session(loaded, methods)
+    expected = {method.name: on_cpu.read_text(window, method, LENGTH) for method in methods}
+    loaded.model.to("cuda")
+    on_gpu = Session(loaded, methods)
+    for method in methods:
+        result = on_gpu.read_text(window, method, LENGTH)
+        torch.testing.assert_close(result["losses"], expected[method.name]["losses"], rtol=0.01, atol=0.01)
+        assert result["kv_mib"] == expected[method.name]["kv_mib"]
+        assert result["peak_mib"] > 0

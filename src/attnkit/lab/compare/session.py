@@ -56,6 +56,7 @@ class Session:
         self._device = loaded.model.device
         self._copies = sum(method.shares_dense_prefill for method in methods) > 1
         self._stop = _stop_tokens(loaded)
+        self._warm: set[tuple[inference.Policy, int]] = set()
         self._dense: _Start | None = None
         self._reference: Tensor | None = None
 
@@ -89,7 +90,7 @@ class Session:
         reference = None if method.name == BASELINE else self._dense_logits(item, length)
         start = self._dense_start(item.context, length) if method.shares_dense_prefill else None
         with self._applied(method, length) as applied:
-            start = start or self._read(item.context, applied.new_cache())
+            start = start or self._read(item.context, applied)
             after = self._forward(item.tail, start.cache)
             kv_mib = start.cache.nbytes() / MIB
             logits = torch.cat([start.logits[None], after[:-1]])
@@ -117,7 +118,7 @@ class Session:
         """
         start = self._dense_start(prompt.context, length) if method.shares_dense_prefill else None
         with self._applied(method, length) as applied:
-            start = start or self._read(prompt.context, applied.new_cache())
+            start = start or self._read(prompt.context, applied)
             logits = self._forward(prompt.question, start.cache, last=True)[-1]
             ids, token_s = self._decode(logits, start.cache, steps=ANSWER_TOKENS, stop=self._stop)
         answer = self._tokenizer.decode(ids)
@@ -138,7 +139,7 @@ class Session:
         """Dense's prefill of this input, for one method to go on from."""
         if self._dense is None:
             with self._applied(METHODS[BASELINE], length) as applied:
-                self._dense = self._read(context, applied.new_cache())
+                self._dense = self._read(context, applied)
         start = self._dense
         if self._copies:
             return dataclasses.replace(start, cache=start.cache.clone())
@@ -154,7 +155,12 @@ class Session:
             self._reference = torch.cat([start.logits[None], after[:-1]])
         return self._reference
 
-    def _read(self, ids: list[int], cache: AttnkitCache) -> _Start:
+    def _read(self, ids: list[int], applied: inference.Applied) -> _Start:
+        shape = (applied.policy, len(ids))
+        if self._device.type == "cuda" and shape not in self._warm:  # the first call of a shape chooses and compiles kernels
+            self._warm.add(shape)
+            self._forward(ids, applied.new_cache(), last=True)
+        cache = applied.new_cache()
         with PeakMemory(self._device) as peak:
             begin = clock(self._device)
             logits = self._forward(ids, cache, last=True)[-1]
