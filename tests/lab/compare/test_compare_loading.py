@@ -69,6 +69,12 @@ def test_a_folder_without_configuration_or_safetensors_is_refused(folder: Path) 
     assert "has no config.json" in refusal(lambda: locate(folder), InputError)
 
 
+def test_pickled_weights_beside_other_safetensors_are_not_read(folder: Path, loaded: LoadedModel) -> None:
+    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
+    torch.save(loaded.model.state_dict(), folder / "pytorch_model.bin")
+    assert "safetensors" in refusal(lambda: load(locate(folder), CPU, torch.float32), InputError)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_damaged_file_is_one_line(folder: Path, file: str) -> None:
     (folder / file).write_text("{]")

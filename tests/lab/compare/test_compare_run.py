@@ -135,6 +135,8 @@ def test_an_interrupted_run_resumes_to_the_same_quality(run: Callable[..., Any],
     rest = Stop()
     resumed = run(resume=True, on_event=rest)
     assert quality(resumed) == quality(whole)
+    prefill = {row["method"]: (row["prefill_s"], row["peak_mib"]) for row in resumed["rows"]}
+    assert prefill["window-decode"] == prefill["dense"] != prefill["window"]
     assert rest.events[0].done == after
     assert len(rest.steps) == 12 - after
 

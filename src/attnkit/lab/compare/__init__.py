@@ -14,8 +14,9 @@ prompt without its question is read in one forward pass, the question in a secon
 greedily; a hit is an answer with the five digits in it. `trials` keys at each depth; Wilson interval.
 
 *Cost.* `prefill_s` is the median time of the first passes, `decode_tok_s` the inverse of the median time of a greedy token
-(32 after each text window, and those of the answers), `peak_mib` the largest memory during a first pass beyond what was in
-use before it (weights do not count), `kv_mib` the memory behind the cache after the N tokens of a text window.
+(32 after each text window, and those of the answers), `peak_mib` the median over first passes of the largest memory beyond
+what was in use before (weights do not count; on a CPU good to about a tenth), `kv_mib` the memory behind the cache after
+the N tokens of a text window.
 
 *Order.* All methods run on one input before the next input, in an order that rotates from input to input, so that a
 machine that slows down slows all of them. On text dense runs first, because the others are compared with its logits.

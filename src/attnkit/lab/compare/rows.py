@@ -65,6 +65,6 @@ def _cost(texts: Sequence[Step], asked: Sequence[Step], prefills: Sequence[Step]
     return {
         "prefill_s": statistics.median(step["prefill_s"] for step in prefills),
         "decode_tok_s": 1 / statistics.median(token_s),
-        "peak_mib": max(peaks, default=None),
+        "peak_mib": statistics.median(peaks) if peaks else None,
         "kv_mib": statistics.median(step["kv_mib"] for step in texts),
     }
