@@ -193,6 +193,32 @@ def test_explain_names_backend_and_reasons() -> None:
         ops.explain(F.scaled_dot_product_attention, q, k, v)
 
 
+def test_fused_kernels_take_only_what_they_can_do() -> None:
+    """Each of these alone is reason enough; a reason that went missing would be a wrong result in silence."""
+    q, k, v = _qkv(70)
+    cu = torch.tensor([0, 70], dtype=torch.int32)
+    calls = {
+        "a window": {"window_size": (5, 0), "causal": True},
+        "causal with T != S": {"q": q[:, :5], "causal": True},
+        "softcap": {"softcap": 1.0},
+        "sinks": {"sinks": torch.zeros(4)},
+        "key_bias": {"key_bias": torch.zeros(2, 70)},
+        "return_lse": {"return_lse": True},
+        "packed sequences": {"q": q[0], "k": k[0], "v": v[0], "cu_seqlens_q": cu, "cu_seqlens_k": cu},
+        "empty inputs": {"q": q[:, :0]},
+        "head width is not contiguous": {"q": q.transpose(-1, -2).contiguous().transpose(-1, -2)},
+        "out_dtype differs": {"q": q.bfloat16(), "k": k.bfloat16(), "v": v.bfloat16(), "out_dtype": torch.float32},
+        "value width differs": {"v": torch.cat([v, v], -1)},
+    }
+    for reason, change in calls.items():
+        explanation = ops.explain("attention", **{"q": q, "k": k, "v": v} | change)
+        assert explanation.chosen == "torch"
+        assert len(explanation.rejected["sdpa"]) == 1
+        assert explanation.rejected["sdpa"][0].startswith(reason)
+    positions = ops.explain("query_sparse_attention", q, k, v, torch.arange(70))
+    assert positions.rejected["sdpa"] == ["explicit query positions"]
+
+
 def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = _qkv()
     with pytest.raises(errors.BackendUnavailable, match=r"attention cannot run this call\. sdpa: softcap"):

@@ -134,6 +134,18 @@ CASES = (
     Case("packed, empty sequences, T != S", _packed([5, 0, 64, 7], [9, 12, 64, 0], causal=True, window_size=(20, None)), QKV),
     Case("scores of 1e4", _large),
     Case("values around 2", _biased, QKV, bias=True),
+    # without the LSE torch's fused kernels would take these calls, were they not refused for what they cannot do
+    Case("window, no lse", _dense(333, causal=True, window_size=(64, 0), lse=False), QKV),
+    Case("two-sided window, no lse", _dense(130, 150, window_size=(17, 40), lse=False), QKV),
+    Case("right side of a window, no lse", _dense(130, window_size=(None, 5), lse=False), QKV),
+    Case("causal, fewer queries than keys, no lse", _dense(33, 150, heads=(4, 2), causal=True, lse=False), QKV),
+    Case("causal, more queries than keys, no lse", _dense(150, 65, causal=True, lse=False), QKV),
+    Case("softcap, no lse", _dense(65, causal=True, softcap=2.0, lse=False), QKV),
+    Case("sinks, no lse", _dense(65, heads=(4, 2), causal=True, sinks=True, lse=False), (*QKV, "sinks")),
+    Case("key bias, no lse", _dense(65, heads=(4, 2), batch=2, bias="shared", lse=False), (*QKV, "key_bias")),
+    Case("values wider than keys, no lse", _dense(65, width=32, width_v=80, causal=True, lse=False), QKV),
+    Case("one query on many keys, no lse", _dense(1, 300, heads=(8, 2), width=64, causal=True, lse=False), QKV),
+    Case("no keys, no lse", _dense(7, 0, lse=False), QKV),
     Case("no queries", _dense(0, 7, causal=True), QKV),
     Case("no keys", _dense(7, 0), QKV),
     Case("empty batch", _dense(5, batch=0, causal=True), QKV),
@@ -157,6 +169,7 @@ SPARSE_CASES = (
     Case("positions by batch element, in any order", _positions(True), QKV),
     Case("with a window", _positions(True, window_size=(50, 0)), QKV),
     Case("softcap", _positions(False, softcap=3.0), QKV),
+    Case("no lse", _positions(False, return_lse=False), QKV),
 )
 
 
