@@ -60,7 +60,7 @@ test-floor: .venv/.floor  ## what touches transformers, on the oldest supported 
 	PYTHONPATH=.venv/floor $(BIN)/python -m pytest tests/kv tests/inference
 
 test-gpu:  ## conformance and gradients on the GPU, in the interpreter's own environment
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu -m gpu
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/lab -m gpu
 
 docs: .venv/.docs  ## the site in docs/_build; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build

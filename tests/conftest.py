@@ -1,6 +1,6 @@
 """Shared by the whole suite: no network, fresh seeds, and uninitialised memory that cannot pass for a result."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -32,6 +32,14 @@ def _isolated() -> Iterator[None]:
     yield
     if pytest_socket is not None:
         pytest_socket.enable_socket()
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Choose how many threads torch uses; the test that follows gets the old number back."""
+    threads = torch.get_num_threads()
+    yield lambda count: torch.set_num_threads(min(count, threads))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

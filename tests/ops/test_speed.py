@@ -53,9 +53,9 @@ def _best(call: Call, best: float) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(_pairs()))
-def test_not_slower_than_torch(name: str) -> None:
+def test_not_slower_than_torch(name: str, set_threads: Callable[[int], None]) -> None:
     ours, theirs = _pairs()[name]
-    torch.set_num_threads(min(2, torch.get_num_threads()))  # more only adds noise to calls of a few milliseconds
+    set_threads(2)  # more only adds noise to calls of a few milliseconds
     mine = peer = float("inf")
     with torch.no_grad():
         for round_ in range(60):  # interleaved, best of each: other work on the machine only ever adds time

@@ -80,10 +80,10 @@ def attention_modules(text: Any) -> list[Any]:
             f"{type(text).__name__} has no module whose class is named ...Attention; policies need such modules, calling "
             f"ALL_ATTENTION_FUNCTIONS.get_interface(...)"
         )
-    for module in modules:
-        if not _calls_interface(type(module)):
+    for cls in dict.fromkeys(map(type, modules)):  # reading sources is slow, and layers share their class
+        if not _calls_interface(cls):
             raise UnsupportedArchitecture(
-                f"{type(module).__name__} computes attention on its own; policies need modules that call "
+                f"{cls.__name__} computes attention on its own; policies need modules that call "
                 f"ALL_ATTENTION_FUNCTIONS.get_interface(...) in forward"
             )
     return modules

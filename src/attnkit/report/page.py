@@ -104,11 +104,11 @@ def render_html(documents: Sequence[Mapping[str, Any]]) -> str:
 
     Raises:
         InputError: nothing to draw, or a row lacks a field that its schema requires.
-        MissingExtra: jinja2, which torch installs, is absent.
     """
+    import jinja2
+
     if not documents:
         raise InputError("documents is empty; give at least one result envelope")
-    jinja2 = require("jinja2", extra="all")
     has_plots = _has_matplotlib()
     sections = [_section(document) for document in documents]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)

@@ -47,14 +47,15 @@ def backward(p: Problem, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor,
     d_keys, d_values = torch.zeros_like(p.keys), torch.zeros_like(p.values)
     d_q_view, lse_view = p.grouped(d_q), p.grouped(finite[..., None])
     d_bias = torch.zeros_like(p.bias) if need_bias and p.bias is not None else None
-    fused = fused_cpu.available(p) and d_bias is None
+    available = fused_cpu.available(p)
+    fused = available and d_bias is None
     if fused:
         wide_d_out, wide_out = (p.grouped(t) for t in fused_cpu.lse_column(p, d_out, out, d_lse))
     delta = (d_out.to(p.acc) * out.to(p.acc)).sum(-1) - d_lse.to(p.acc)  # [B, T, H]
     d_out_view, delta_view = p.grouped(d_out), p.grouped(delta[..., None])
     for rows, runs in p.tiles(None if fused else BLOCK_K):
         q, row_lse = p.queries(rows), lse_view[..., rows, :]
-        if fused_cpu.available(p) and not fused:
+        if available and not fused:
             row_lse = _row_lse(p, q, rows, runs)  # the forward's LSE is of scores rounded otherwise; large ones would show it
         d_q_tile = torch.zeros_like(q)
         for keys, masked in runs:
