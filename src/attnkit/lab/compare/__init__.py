@@ -15,7 +15,7 @@ greedily; a hit is an answer with the five digits in it. `trials` keys at each d
 
 *Cost.* `prefill_s` is the median time of the first passes, `decode_tok_s` the inverse of the median time of a greedy token
 (32 after each text window, and those of the answers), `peak_mib` the median over first passes of the largest memory beyond
-what was in use before (weights do not count; on a CPU good to about a tenth), `kv_mib` the memory behind the cache after
+what was in use before (weights do not count), `kv_mib` the memory behind the cache after
 the N tokens of a text window.
 
 *Order.* All methods run on one input before the next input, in an order that rotates from input to input, so that a
