@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from attnkit import systems
+from attnkit._core.dispatch import only_when_named
 from attnkit.cli import EXIT_CODES, main
 from attnkit.ops import OPS
 
@@ -54,7 +55,10 @@ def _operators() -> str:
     for spec in OPS.values():
         can = "\n".join(f"| {_cell(name)} | {_cell(limit)} |" for name, limit in spec.capabilities.items())
         cannot = "\n".join(f"| {_cell(refusal.what)} | {_cell(refusal.why)} |" for refusal in spec.refusals)
-        names = ", ".join(f"`{backend.name}`" + ("" if backend.auto else " (only when named)") for backend in spec.backends)
+        names = ", ".join(
+            f"`{backend.name}`" + (" (only when named)" if backend.avoids is only_when_named else "")
+            for backend in spec.backends
+        )
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in spec.dtypes)
         parts += [
             f"## {spec.name}",

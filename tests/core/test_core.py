@@ -9,7 +9,7 @@ import torch
 
 from attnkit import errors
 from attnkit._core.checks import check_choice, check_same, dims
-from attnkit._core.dispatch import Backend, choose, explain_choice
+from attnkit._core.dispatch import Backend, choose, explain_choice, only_when_named
 from attnkit._core.lazy import lazy_attributes, require
 from attnkit._core.registry import Registry
 from attnkit._core.settings import settings
@@ -77,7 +77,7 @@ def test_settings_read_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
 BACKENDS = (
     Backend[int]("small", lambda n: n, lambda n: ["too large"] if n > 3 else []),
     Backend[int]("large", lambda n: -n, lambda n: ["too small"] if n < 2 else []),
-    Backend[int]("oracle", lambda n: 10 * n, lambda n: [], auto=False),
+    Backend[int]("oracle", lambda n: 10 * n, lambda n: [], avoids=only_when_named),
 )
 
 

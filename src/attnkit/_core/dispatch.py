@@ -7,9 +7,13 @@ from typing import Any, Generic, TypeVar
 from attnkit._core.errors import BackendUnavailable, OptionError
 from attnkit._core.settings import settings
 
-__all__ = ["Backend", "Explanation", "choose", "explain_choice"]
+__all__ = ["Backend", "Explanation", "choose", "explain_choice", "only_when_named"]
 
 C = TypeVar("C")
+
+
+def _never(call: Any) -> list[str]:
+    return []
 
 
 @dataclass(frozen=True)
@@ -20,13 +24,18 @@ class Backend(Generic[C]):
         name: what `backend=` calls it.
         run: takes the prepared call, returns the operator's outputs.
         refuses: the prepared call -> reasons why it cannot run it; none means yes.
-        auto: whether "auto" may choose it.
+        avoids: the prepared call -> reasons why "auto" passes it over although it could run the call.
     """
 
     name: str
     run: Callable[[C], Any]
     refuses: Callable[[C], list[str]]
-    auto: bool = True
+    avoids: Callable[[C], list[str]] = _never
+
+
+def only_when_named(call: Any) -> list[str]:
+    """For `Backend.avoids`: "auto" never chooses it."""
+    return ["only runs when named"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ def explain_choice(operator: str, backends: Sequence[Backend[C]], requested: str
         reasons = backend.refuses(call)
         if f"{operator}.{backend.name}" in disabled:
             reasons = [*reasons, "switched off by ATTNKIT_DISABLE"]
-        if requested == "auto" and not backend.auto:
-            reasons = [*reasons, "only runs when named"]
+        if requested == "auto":
+            reasons = [*reasons, *backend.avoids(call)]
         if not reasons:
             reason = "named by the caller" if requested != "auto" else "first in order of preference that can do the call"
             return Explanation(operator, backend.name, reason, rejected)
@@ -87,7 +96,7 @@ def choose(operator: str, backends: Sequence[Backend[C]], requested: str, call: 
     if requested == "auto":  # the hot path: no records, and the tracer of torch.compile sees plain code
         disabled = settings().disable
         for backend in backends:
-            if backend.auto and f"{operator}.{backend.name}" not in disabled and not backend.refuses(call):
+            if not (f"{operator}.{backend.name}" in disabled or backend.refuses(call) or backend.avoids(call)):
                 return backend
     explanation = explain_choice(operator, backends, requested, call)
     for backend in backends:

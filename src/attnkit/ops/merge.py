@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnkit._core.checks import FLOATS, accumulator_dtype, check_dtype, dims
-from attnkit._core.dispatch import Backend, choose
+from attnkit._core.dispatch import Backend, choose, only_when_named
 from attnkit._core.errors import ShapeError
 from attnkit._core.library import define, define_gradient
 from attnkit._core.opspec import Case, OpSpec, Refusal
@@ -131,7 +131,7 @@ def _reference(call: MergeCall) -> tuple[Tensor, Tensor]:
 
 BACKENDS: tuple[Backend[MergeCall], ...] = (
     Backend("torch", _torch, lambda call: []),
-    Backend("reference", _reference, lambda call: [], auto=False),
+    Backend("reference", _reference, lambda call: [], avoids=only_when_named),
 )
 
 

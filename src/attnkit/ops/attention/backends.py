@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attnkit._core.dispatch import Backend
+from attnkit._core.dispatch import Backend, only_when_named
 from attnkit.ops.attention._register import attention_op
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.attention.reference import MAX_PAIRS, reference
@@ -86,5 +86,5 @@ def _reference_refuses(call: AttentionCall) -> list[str]:
 BACKENDS: tuple[Backend[AttentionCall], ...] = (
     Backend("sdpa", _sdpa, _sdpa_refuses),
     Backend("torch", _torch, lambda call: []),
-    Backend("reference", reference, _reference_refuses, auto=False),
+    Backend("reference", reference, _reference_refuses, avoids=only_when_named),
 )
