@@ -1,9 +1,13 @@
 """Shared by the whole suite: no network, fresh seeds, and uninitialised memory that cannot pass for a result."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 try:
     import pytest_socket

@@ -88,7 +88,8 @@ def test_every_module_imports_without_the_extras_it_may_lack() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_file_and_function_sizes(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 300, f"{path.name} has {len(lines)} lines; split it where it has two subjects"
+    limit = 800 if path.parent.name == "_triton" else 300
+    assert len(lines) <= limit, f"{path.name} has {len(lines)} lines; split it where it has two subjects"
     for node in ast.walk(ast.parse("\n".join(lines))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0]
@@ -97,7 +98,29 @@ def test_file_and_function_sizes(path: Path) -> None:
             )
             start = first.end_lineno if documented and first.end_lineno else node.lineno
             length = (node.end_lineno or start) - start
-            assert length <= 60, f"{path.name}:{node.lineno} {node.name} has {length} lines of code; the limit is 60"
+            allowed = 90 if _is_kernel(node) else 60
+            assert length <= allowed, (
+                f"{path.name}:{node.lineno} {node.name} has {length} lines of code; the limit is {allowed}"
+            )
+
+
+def _is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Programs of a grid, as opposed to the device functions they call."""
+    return any(isinstance(part, ast.Attribute) and part.attr == "program_id" for part in ast.walk(node))
+
+
+def _kernels() -> list[ast.FunctionDef]:
+    files = [path for path in FILES if path.parent.name == "_triton"]
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    return [node for node in nodes if isinstance(node, ast.FunctionDef) and _is_kernel(node)]
+
+
+@pytest.mark.parametrize("kernel", _kernels(), ids=lambda node: node.name)
+def test_kernels_have_few_compile_time_flags(kernel: ast.FunctionDef) -> None:
+    """Every flag doubles what can be compiled; tile sizes (BLOCK_*) and the heads of a tile (GROUP) are no flags."""
+    constants = [arg.arg for arg in kernel.args.args if arg.annotation and "constexpr" in ast.unparse(arg.annotation)]
+    flags = [name for name in constants if not name.startswith("BLOCK") and name != "GROUP"]
+    assert len(flags) <= 8, flags
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if not m.endswith("__main__")])

@@ -1,7 +1,9 @@
-"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd."""
+"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, two implementations."""
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from attnkit._core.checks import accumulator_dtype
@@ -10,10 +12,12 @@ from attnkit.ops._attention_core.plan import Plan
 from attnkit.ops.attention import blockwise
 from attnkit.ops.attention.problem import Problem
 
-__all__ = ["attention_op"]
+__all__ = ["attention_op", "triton_attention_op"]
+
+Results = tuple[Tensor, ...]
 
 
-def _problem(
+def _blockwise_problem(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,9 +33,7 @@ def _problem(
 ) -> Problem:
     block = blockwise.BLOCK_Q
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        plan = Plan.varlen(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], left, right, block_q=block)
-        q, k, v = q[None], k[None], v[None]
-        key_bias = None if key_bias is None else key_bias[None]
+        plan = Plan.varlen(cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], left, right, block_q=block)
     elif q_pos is not None:
         plan = Plan.rows(q_pos, k.shape[1], left, right, block_q=block)
     else:
@@ -39,36 +41,31 @@ def _problem(
     return Problem(q, k, v, sinks, key_bias, plan, scale, softcap)
 
 
-def _forward(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *inputs, out_dtype = args
-    out, lse = blockwise.forward(_problem(q, *inputs), out_dtype)
-    return (out[0], lse[0]) if q.dim() == 3 else (out, lse)
+def _blockwise_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Results:
+    return blockwise.forward(_blockwise_problem(*inputs), out_dtype)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    shape = q.shape[:-1]
-    return q.new_empty(*shape, v.shape[-1], dtype=args[-1]), q.new_empty(shape, dtype=accumulator_dtype(q.dtype))
+def _blockwise_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
+    return blockwise.backward(_blockwise_problem(*inputs), *results)
 
 
-def _backward(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool, q: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    packed = q.dim() == 3
-    d_out, d_lse, out, lse = (t[None] if packed else t for t in (d_out, d_lse, out, lse))
-    grads = blockwise.backward(_problem(q, *inputs), d_out, d_lse, out, lse, need_bias)
-    if not packed:
-        return grads
-    d_q, d_k, d_v, d_sinks, d_key_bias = grads
-    return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
+def _triton_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Results:
+    from attnkit.ops._attention_core._triton import launch  # Triton loads when a kernel runs
+
+    return launch.forward(launch.Launch(*inputs), out_dtype)
 
 
-def _backward_fake(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool, q: Tensor, k: Tensor, v: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
-    sinks, key_bias = inputs[:2]
-    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    d_key_bias = key_bias.new_empty(key_bias.shape) if need_bias and key_bias is not None else q.new_empty(0)
-    return (*(t.new_empty(t.shape) for t in (q, k, v)), d_sinks, d_key_bias)
+def _triton_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
+    from attnkit.ops._attention_core._triton import launch
+
+    return launch.backward(launch.Launch(*inputs), *results)
+
+
+def _batched(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """Packed sequences as a batch of one."""
+    if q.dim() == 3:
+        q, k, v, key_bias = q[None], k[None], v[None], None if key_bias is None else key_bias[None]
+    return (q, k, v, sinks, key_bias, *rest)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -76,13 +73,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.options = inputs[8:12]
 
 
-def _gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
-    grads = _backward_op(d_out, d_lse, out, lse, need_bias, *tensors, *ctx.options)
-    d_sinks = None if tensors[3] is None else grads[3]
-    d_key_bias = grads[4] if need_bias else None
-    return (*grads[:3], d_sinks, d_key_bias, *[None] * 8)
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    shape = q.shape[:-1]
+    return q.new_empty(*shape, v.shape[-1], dtype=args[-1]), q.new_empty(shape, dtype=accumulator_dtype(q.dtype))
+
+
+def _backward_fake(
+    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool, q: Tensor, k: Tensor, v: Tensor, *inputs: Any
+) -> Results:
+    sinks, key_bias = inputs[:2]
+    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    d_key_bias = key_bias.new_empty(key_bias.shape) if need_bias and key_bias is not None else q.new_empty(0)
+    return (*(t.new_empty(t.shape) for t in (q, k, v)), d_sinks, d_key_bias)
 
 
 _INPUTS = (
@@ -91,6 +93,40 @@ _INPUTS = (
 )
 _RESULTS = "Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, bool need_bias"
 _GRADS = ", ".join(["Tensor"] * 5)
-attention_op = define(f"attention({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor)", _forward, _forward_fake)
-_backward_op = define(f"attention_backward({_RESULTS}, {_INPUTS}) -> ({_GRADS})", _backward, _backward_fake)
-define_gradient("attention", _save, _gradient)
+
+
+def _register(name: str, forward: Callable[..., Results], backward: Callable[..., Results]) -> Callable[..., Any]:
+    """Define `attnkit::NAME` and its backward operator from implementations on batched inputs."""
+
+    def run(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, out_dtype = args
+        out, lse = forward(_batched(q, *inputs), out_dtype)
+        return (out[0], lse[0]) if q.dim() == 3 else (out, lse)
+
+    def run_backward(
+        d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool, q: Tensor, *inputs: Any
+    ) -> Results:
+        packed = q.dim() == 3
+        results = (t[None] if packed else t for t in (d_out, d_lse, out, lse))
+        grads = backward(_batched(q, *inputs), *results, need_bias)
+        if not packed:
+            return grads
+        d_q, d_k, d_v, d_sinks, d_key_bias = grads
+        return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
+
+    def gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
+        grads = backward_op(d_out, d_lse, out, lse, need_bias, *tensors, *ctx.options)
+        d_sinks = None if tensors[3] is None else grads[3]
+        d_key_bias = grads[4] if need_bias else None
+        return (*grads[:3], d_sinks, d_key_bias, *[None] * 8)
+
+    operator = define(f"{name}({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor)", run, _forward_fake)
+    backward_op = define(f"{name}_backward({_RESULTS}, {_INPUTS}) -> ({_GRADS})", run_backward, _backward_fake)
+    define_gradient(name, _save, gradient)
+    return operator
+
+
+attention_op = _register("attention", _blockwise_forward, _blockwise_backward)
+triton_attention_op = _register("attention_triton", _triton_forward, _triton_backward)

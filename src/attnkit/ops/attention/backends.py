@@ -1,22 +1,27 @@
 """The implementations of attention, in order of preference, each with its reasons to refuse a call."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnkit._core.dispatch import Backend, only_when_named
-from attnkit.ops.attention._register import attention_op
+from attnkit._core.triton import has_triton, interpreted
+from attnkit.ops.attention import flash4
+from attnkit.ops.attention._register import attention_op, triton_attention_op
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.attention.reference import MAX_PAIRS, reference
 
 __all__ = ["BACKENDS"]
 
 Result = tuple[Tensor, Tensor | None]
-_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+FEW_ROWS = 64
+_CUDNN_WIDTH = 128  # wider heads run there only forward and only on some GPUs
 
 
-def _sdpa_refuses(call: AttentionCall) -> list[str]:
+def _fused_refuses(call: AttentionCall) -> list[str]:
     """What torch's fused kernels cannot do; anything listed here would run there as T x S matrices, wrong, or not at all."""
     q, k, v = call.q, call.k, call.v
     reasons = []
@@ -53,28 +58,99 @@ def _sdpa_refuses(call: AttentionCall) -> list[str]:
             reasons.append("head width is no multiple of 8")
         if call.deterministic and call.needs_grad:
             reasons.append("its backward is not deterministic")
-    elif q.device.type != "cpu":
-        reasons.append(f"device {q.device.type}")
     return reasons
 
 
-def _sdpa(call: AttentionCall) -> Result:
+def _cudnn_refuses(call: AttentionCall) -> list[str]:
+    if call.q.device.type != "cuda":
+        return [f"device {call.q.device.type}"]
+    if torch.cuda.get_device_capability(call.q.device) < (8, 0):
+        return ["a GPU older than compute capability 8.0"]
+    if not torch.backends.cudnn.is_available():
+        return ["torch is built without cuDNN"]
+    reasons = _fused_refuses(call)
+    if call.q.shape[-1] > _CUDNN_WIDTH:
+        reasons.append(f"head width above {_CUDNN_WIDTH}")
+    return reasons
+
+
+def _few_rows(call: AttentionCall) -> list[str]:
+    """cuDNN and FlashAttention-4 shine where there are many rows; a step of a decoder is bound by reading keys."""
+    rows = call.q.shape[-3]
+    return [f"{rows} query rows: the keys are split over the device instead"] if rows < FEW_ROWS else []
+
+
+def _cudnn(call: AttentionCall) -> Result:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa_call(call)
+
+
+def _flash_refuses(call: AttentionCall) -> list[str]:
+    reasons = _fused_refuses(call)
+    if call.q.device.type not in ("cpu", "cuda"):
+        reasons.append(f"device {call.q.device.type}")
+    return reasons
+
+
+def _flash_avoids(call: AttentionCall) -> list[str]:
+    """On Hopper its kernels, FlashAttention-2's, were measured at 0.6 to 0.7 of the speed of ours."""
+    if call.q.device.type != "cuda":
+        return []
+    if _triton_refuses(call):
+        return []
+    if torch.cuda.get_device_capability(call.q.device) >= (9, 0):
+        return ["the Triton kernels are faster on this GPU"]
+    return _few_rows(call)
+
+
+def _flash(call: AttentionCall) -> Result:
+    if call.q.device.type == "cpu":
+        return _sdpa_call(call)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa_call(call)
+
+
+def _sdpa_call(call: AttentionCall) -> Result:
     q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
     causal = call.right == 0 and q.shape[2] > 1  # one query at the end sees every key
     grouped = q.shape[1] != k.shape[1]
-    if q.device.type == "cuda":
-        with sdpa_kernel(_FUSED, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=call.scale, enable_gqa=grouped)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=call.scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=call.scale, enable_gqa=grouped)
     return out.transpose(1, 2), None
 
 
-def _torch(call: AttentionCall) -> Result:
-    out, lse = attention_op(
+def _arguments(call: AttentionCall) -> tuple[Any, ...]:
+    return (
         call.q, call.k, call.v, call.sinks, call.key_bias, call.cu_seqlens_q, call.cu_seqlens_k, call.q_pos,
         call.scale, call.left, call.right, call.softcap, call.out_dtype,
     )  # fmt: skip
+
+
+def _triton_refuses(call: AttentionCall) -> list[str]:
+    if not has_triton():
+        return ["Triton is not installed; run: pip install 'attnkit[triton]'"]
+    device, dtype = call.q.device, call.q.dtype
+    reasons = [f"{dtype} (the kernels take 16 and 32 bits)"] if dtype == torch.float64 else []
+    if device.type == "cpu" and interpreted():
+        if dtype in (torch.float16, torch.bfloat16):
+            reasons.append(f"{dtype} (Triton's interpreter computes bfloat16 wrongly and float16 slowly)")
+    elif device.type != "cuda":
+        reasons.append(f"device {device.type}")
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reasons.append("a GPU older than compute capability 8.0")
+    return reasons
+
+
+def _triton_avoids(call: AttentionCall) -> list[str]:
+    return ["Triton's interpreter only runs when named"] if call.q.device.type == "cpu" else []
+
+
+def _triton(call: AttentionCall) -> Result:
+    out, lse = triton_attention_op(*_arguments(call))
+    return out, lse
+
+
+def _torch(call: AttentionCall) -> Result:
+    out, lse = attention_op(*_arguments(call))
     return out, lse
 
 
@@ -84,7 +160,10 @@ def _reference_refuses(call: AttentionCall) -> list[str]:
 
 
 BACKENDS: tuple[Backend[AttentionCall], ...] = (
-    Backend("sdpa", _sdpa, _sdpa_refuses),
+    Backend("fa4", flash4.run, flash4.refuses, _few_rows),
+    Backend("cudnn", _cudnn, _cudnn_refuses, _few_rows),
+    Backend("sdpa", _flash, _flash_refuses, _flash_avoids),
+    Backend("triton", _triton, _triton_refuses, _triton_avoids),
     Backend("torch", _torch, lambda call: []),
     Backend("reference", reference, _reference_refuses, avoids=only_when_named),
 )

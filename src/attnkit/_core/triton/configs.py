@@ -1,0 +1,104 @@
+"""Which tile sizes a kernel runs with: small tables by (architecture, bits, width), and what `attnkit tune` measured here.
+
+The choice never changes what is computed beyond the order of sums, and nothing is tuned while a user waits.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from attnkit._core.errors import InputError
+from attnkit._core.settings import settings
+
+__all__ = ["Config", "ConfigTable", "Key"]
+
+Key = tuple[str, int, int]
+_SCHEMA = "attnkit.tuned/1"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Query rows and keys of a tile, warps of a program, stages of its load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class ConfigTable:
+    """The configurations of an operator's kernels.
+
+    Args:
+        operator: its name.
+        default: (kernel, bits of the inputs, padded width) -> configuration.
+        by_architecture: compute capability, (9, 0) -> entries that differ there.
+    """
+
+    def __init__(
+        self, operator: str, default: Mapping[Key, Config], by_architecture: Mapping[tuple[int, int], Mapping[Key, Config]]
+    ) -> None:
+        self.operator = operator
+        self._default = default
+        self._by_architecture = by_architecture
+        self._tables: dict[torch.device, Mapping[Key, Config]] = {}
+
+    def pick(self, kernel: str, bits: int, width: int, device: torch.device) -> Config:
+        """The user's tuned entry, else the architecture's, else the default."""
+        table = self._tables.get(device)
+        if table is None:
+            table = self._tables[device] = self._load(device)
+        return table[kernel, bits, width]
+
+    def keys(self) -> tuple[Key, ...]:
+        """Every (kernel, bits, width) that has a configuration."""
+        return tuple(self._default)
+
+    def path(self, device: torch.device) -> Path:
+        """Where the user's tuned table lives."""
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        return settings().cache_path() / "tuned" / f"{self.operator}-{name.replace(' ', '-').replace('/', '-')}.json"
+
+    def store(self, tuned: Mapping[Key, Config], device: torch.device) -> Path:
+        """Keep tuned entries in the user's cache, those of earlier runs included, and use them from now on."""
+        path = self.path(device)
+        merged = {**_read(path), **tuned} if path.exists() else dict(tuned)
+        rows = [{"kernel": kernel, "bits": bits, "width": width, **asdict(c)} for (kernel, bits, width), c in merged.items()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"schema": _SCHEMA, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        self._tables.pop(device, None)
+        return path
+
+    def override(self, entries: Mapping[Key, Config], device: torch.device) -> None:
+        """Use these entries on a device for the rest of the process: how candidates are tried."""
+        self._tables[device] = {**self._load(device), **entries}
+
+    def _load(self, device: torch.device) -> Mapping[Key, Config]:
+        table = dict(self._default)
+        if device.type == "cuda":
+            table.update(self._by_architecture.get(torch.cuda.get_device_capability(device), {}))
+            path = self.path(device)
+            if path.exists():
+                table |= _read(path)
+        return table
+
+
+def _read(path: Path) -> dict[Key, Config]:
+    advice = "remove it, or write it again with: attnkit tune"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != _SCHEMA:
+            raise KeyError(document["schema"])
+        return {
+            (row["kernel"], row["bits"], row["width"]): Config(
+                row["block_m"], row["block_n"], row["num_warps"], row["num_stages"]
+            )
+            for row in document["rows"]
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not a table of tuned configurations; {advice}") from error

@@ -1,0 +1,273 @@
+"""Backward kernels: `bwd_prep` (row constants), `bwd_dq` (by query tile), `bwd_dkdv` (by key tile). No atomics: a run
+repeats bit by bit. Probabilities are recomputed from the forward's scores and LSE."""
+
+import triton
+import triton.language as tl
+
+from attnkit._core.triton.maths import LOG2E
+from attnkit.ops._attention_core._triton.steps import (
+    load_bias,
+    load_tile,
+    score_gradient,
+    scores,
+    seen,
+    softcap_slope,
+)
+from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place, query_bounds, rows_near
+
+__all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
+
+
+@triton.jit
+def bwd_prep(
+    out, d_out, lse, d_lse, lse2, delta,
+    stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
+    num_q, heads, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
+
+    Rows that saw nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H].
+    """
+    first = tl.program_id(0) * BLOCK_M
+    head, i_b = (tl.program_id(1) % heads).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64)
+    o_m, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    row = (first + o_m).to(tl.int64)
+    m_row = row < num_q
+    mask = m_row[:, None] & (o_dv < width_v)[None, :]
+    out += i_b * stride_ob + head * stride_oh
+    d_out += i_b * stride_gb + head * stride_gh
+    b_out = tl.load(out + (row * stride_ot)[:, None] + o_dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_d_out = tl.load(d_out + (row * stride_gt)[:, None] + o_dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
+    b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_row, other=0.0)
+    p_row = (i_b * heads + head) * num_q + row
+    tl.store(delta + p_row, tl.sum(b_out * b_d_out, 1) - b_d_lse.to(tl.float32), mask=m_row)
+    tl.store(lse2 + p_row, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_row)
+
+
+@triton.jit
+def _walk_keys(
+    start, stop, limit, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
+    scale, left, right, softcap, width, width_v,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys start, start + BLOCK_N ... below stop contribute to d_q / scale."""
+    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for first in tl.range(start, stop, BLOCK_N):
+        m_key = first + o_n < limit
+        step = tl.cast(first, tl.int64)
+        b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
+        b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
+        b_bias = None
+        if BIAS:
+            b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+            shown = (b_bias > float("-inf"))[:, None]
+            b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
+        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
+        if MASKED:
+            see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
+            t = tl.where(see, t, float("-inf"))
+        dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
+        _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None])
+        if SOFTCAP:
+            ds = ds * softcap_slope(s, scale, softcap)
+        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def bwd_dq(
+    q, k, v, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
+    num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head. Grid: (tiles * H * B,)."""
+    pid = tl.program_id(0)
+    tile = num_tiles - 1 - pid % num_tiles
+    head = (pid // num_tiles) % heads
+    i_b = pid // (num_tiles * heads)
+    first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, BLOCK_M, ROWS)
+    if first >= end:
+        return
+    o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    m_row = first + o_m < end
+    o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
+    lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
+
+    kv_head = (head // kv_group).to(tl.int64)
+    i_b, head, row = i_b.to(tl.int64), head.to(tl.int64), first.to(tl.int64)
+    b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_m, stride_qt, o_d, m_row, width, True, EVEN)
+    b_d_out = load_tile(
+        d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN
+    )
+    p_row = (i_b * heads + head) * num_q + row + o_m
+    b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
+    b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
+    k += i_b * stride_kb + kv_head * stride_kh
+    v += i_b * stride_vb + kv_head * stride_vh
+    if BIAS:
+        key_bias += i_b * stride_bb + kv_head * stride_bh
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
+    if WINDOW:
+        acc = _walk_keys(
+            lo, tl.minimum(head_end, hi), hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
+            stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        )  # fmt: skip
+    acc = _walk_keys(
+        head_end, body_end, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
+        stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
+        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+    )  # fmt: skip
+    acc = _walk_keys(
+        body_end, hi, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
+        stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+    )  # fmt: skip
+    tl.store(
+        d_q + ((i_b * num_q + row) * heads + head) * width + (o_m * heads * width)[:, None] + o_d[None, :],
+        (acc * scale).to(d_q.dtype.element_ty),
+        mask=m_row[:, None] & (EVEN | (o_d < width))[None, :],
+    )
+
+
+@triton.jit
+def _walk_rows(
+    start, stop, end, b_k, b_v, b_bias, m_key, o_key, shift, d_k, d_v, d_bias,
+    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt, scale, left, right, softcap, width, width_v,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the rows start, start + BLOCK_M ... below stop contribute to d_k / scale, d_v and the bias's gradient.
+
+    Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys.
+    """
+    o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    for first in tl.range(start, stop, BLOCK_M):
+        m_row = first + o_m < end
+        step = tl.cast(first, tl.int64)
+        b_q = load_tile(q + step * stride_qt, o_m, stride_qt, o_d, m_row, width, True, EVEN)
+        b_d_out = load_tile(d_out + step * stride_gt, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN)
+        b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
+        b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
+        s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
+        if MASKED:
+            if ROWS == "positions":
+                o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
+            else:
+                o_pos = first + o_m + shift
+            see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
+            t = tl.where(see, t, float("-inf"))
+        dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
+        p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :])
+        d_v = tl.dot(p.to(b_d_out.dtype), b_d_out, d_v, input_precision=PRECISION)
+        if BIAS:
+            d_bias += tl.sum(ds, 1)
+        if SOFTCAP:
+            ds = ds * softcap_slope(s, scale, softcap)
+        d_k = tl.dot(ds.to(b_q.dtype), b_q, d_k, input_precision=PRECISION)
+    return d_k, d_v, d_bias
+
+
+@triton.jit
+def bwd_dkdv(
+    q, k, v, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
+    batch, num_q, num_k, heads, kv_heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_k, d_v and d_bias of one tile of keys of one key head, over some of the query heads that share it.
+
+    Writes [parts, B, S, Hkv, D], [parts, B, S, Hkv, Dv] and [parts, B, S, Hkv]. Grid: (tiles * Hkv * B, parts), the
+    query heads of a group dealt out to the parts.
+    """
+    pid, part = tl.program_id(0), tl.program_id(1)
+    tile = pid % num_tiles
+    kv_head = (pid // num_tiles) % kv_heads
+    i_b = pid // (num_tiles * kv_heads)
+    # keys are the rows here: the sequences of keys lead, those of queries are the counterpart
+    first, end, q_start, q_end = locate(
+        tile, cu_k, cu_q, num_seqs, num_k, num_q, BLOCK_N, "packed" if ROWS == "packed" else "dense"
+    )
+    if first >= end:
+        return
+    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    o_key = first + o_n
+    m_key = o_key < end
+    shift = end - q_end
+    last = tl.minimum(first + BLOCK_N, end) - 1
+    if ROWS == "positions":
+        lo, hi = rows_near(q_pos + i_b * stride_pb, num_q, first, last, left, right, WINDOW)
+        full_lo, full_hi = hi, hi
+    else:
+        lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
+    i_b, kv_head, row = i_b.to(tl.int64), kv_head.to(tl.int64), first.to(tl.int64)
+    b_k = load_tile(k + i_b * stride_kb + row * stride_ks + kv_head * stride_kh, o_n, stride_ks, o_d, m_key, width, True, EVEN)
+    b_v = load_tile(
+        v + i_b * stride_vb + row * stride_vs + kv_head * stride_vh, o_n, stride_vs, o_dv, m_key, width_v, True, EVEN
+    )
+    b_bias = None
+    if BIAS:
+        b_bias = load_bias(key_bias + i_b * stride_bb + row * stride_bs + kv_head * stride_bh, o_n, stride_bs, m_key)
+        shown = (b_bias > float("-inf"))[:, None]
+        b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    acc_b = tl.zeros([BLOCK_N], tl.float32)
+    if ROWS == "positions":
+        q_pos += i_b * stride_pb
+    per_part = kv_group // tl.num_programs(1)
+    head = kv_head * kv_group + part * per_part
+    head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_M, True)
+    if not WINDOW:
+        body_end = hi  # rows behind the end load as zeros with probability 0
+    for i_h in range(0, per_part):
+        p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
+        p_d_out = d_out + i_b * stride_gb + (head + i_h) * stride_gh
+        p_row = (i_b * heads + head + i_h) * num_q
+        acc_k, acc_v, acc_b = _walk_rows(
+            lo, tl.minimum(head_end, hi), hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
+            p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
+            scale, left, right, softcap, width, width_v,
+            BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        )  # fmt: skip
+        acc_k, acc_v, acc_b = _walk_rows(
+            head_end, body_end, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
+            p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
+            scale, left, right, softcap, width, width_v,
+            BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        )  # fmt: skip
+        if WINDOW:
+            acc_k, acc_v, acc_b = _walk_rows(
+                body_end, hi, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
+                p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
+                scale, left, right, softcap, width, width_v,
+                BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+            )  # fmt: skip
+
+    p_key = ((part * batch + i_b) * num_k + row) * kv_heads + kv_head + o_n * kv_heads
+    tl.store(
+        d_k + p_key[:, None] * width + o_d[None, :],
+        (acc_k * scale).to(d_k.dtype.element_ty),
+        mask=m_key[:, None] & (EVEN | (o_d < width))[None, :],
+    )
+    tl.store(
+        d_v + p_key[:, None] * width_v + o_dv[None, :],
+        acc_v.to(d_v.dtype.element_ty),
+        mask=m_key[:, None] & (EVEN | (o_dv < width_v))[None, :],
+    )
+    if BIAS:
+        tl.store(d_bias + p_key, acc_b, mask=m_key)

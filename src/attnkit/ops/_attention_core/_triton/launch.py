@@ -1,0 +1,193 @@
+"""Launching the attention kernels: shapes, strides and options in, contiguous results out. No host synchronisation."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnkit._core.triton.configs import Config
+from attnkit.ops._attention_core._triton import backward as kb
+from attnkit.ops._attention_core._triton import forward as kf
+from attnkit.ops._attention_core._triton.configs import CONFIGS
+
+__all__ = ["Launch", "backward", "forward"]
+
+_UNBOUNDED = 1 << 30
+_TINY = 1e-30  # a scale of 0 would turn a masked score, -inf, into NaN
+_PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
+
+
+@dataclass
+class Launch:
+    """One call in batched form: q [B, T, H, D], k [B, S, Hkv, D], v [B, S, Hkv, Dv]; packed sequences as a batch of one."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    key_bias: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    q_pos: Tensor | None
+    scale: float
+    left: int
+    right: int
+    softcap: float
+
+    def __post_init__(self) -> None:
+        if self.scale < 0:  # kernels take the maximum of raw products, which a negative factor would turn round
+            self.q, self.scale, self.flipped = -self.q, -self.scale, True
+        else:
+            self.flipped = False
+        self.scale = max(self.scale, _TINY)
+        self.q, self.k, self.v = (t if t.stride(-1) == 1 else t.contiguous() for t in (self.q, self.k, self.v))
+        self.batch, self.num_q, self.heads, self.width = self.q.shape
+        _, self.num_k, self.kv_heads, self.width_v = self.v.shape
+        self.group = self.heads // self.kv_heads
+        self.num_seqs = 0 if self.cu_q is None else self.cu_q.shape[0] - 1
+        self.block_d, self.block_dv = (max(16, triton.next_power_of_2(w)) for w in (self.width, self.width_v))
+
+    def config(self, kernel: str) -> Config:
+        """Tile sizes of one kernel for this call."""
+        return CONFIGS.pick(kernel, self.q.element_size() * 8, max(self.block_d, self.block_dv), self.q.device)
+
+    def strides(self) -> tuple[int, ...]:
+        """Of q, k, v, key_bias and q_pos, as every kernel takes them; 0 along what is shared."""
+        bias: tuple[int, ...] = (0, 0, 0)
+        pos = 0
+        if self.key_bias is not None:
+            bias = (*self.key_bias.stride(), 0)[:3]
+        if self.q_pos is not None and self.q_pos.dim() > 1:
+            pos = self.q_pos.stride(0)
+        return (*self.q.stride()[:3], *self.k.stride()[:3], *self.v.stride()[:3], *bias, pos)
+
+    def scalars(self) -> tuple[float | int, ...]:
+        """scale, left, right, softcap, width, width_v."""
+        left, right = (_UNBOUNDED if side < 0 else side for side in (self.left, self.right))
+        return (self.scale, left, right, self.softcap, self.width, self.width_v)
+
+    def flags(self) -> dict[str, Any]:
+        """The compile-time options that all walking kernels share."""
+        rows = "packed" if self.cu_q is not None else "positions" if self.q_pos is not None else "dense"
+        return {
+            "BLOCK_D": self.block_d,
+            "BLOCK_DV": self.block_dv,
+            "ROWS": rows,
+            "WINDOW": self.left >= 0,
+            "SOFTCAP": self.softcap > 0,
+            "BIAS": self.key_bias is not None,
+            "EVEN": self.block_d == self.width and self.block_dv == self.width_v,
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        }
+
+    def num_tiles(self, rows: int, block: int) -> int:
+        """Tiles of a side; packed sequences may leave some of theirs empty, and need one for rows behind the last."""
+        return rows // block + self.num_seqs + 1 if self.cu_q is not None else triton.cdiv(rows, block)
+
+
+def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """out [B, T, H, Dv] and lse [B, T, H], float32."""
+    packs = p.group > 1 and p.num_q <= _PACK_ROWS
+    group = p.group if packs else 1
+    config = p.config("decode" if p.num_q * group <= 16 else "fwd")
+    block_m = config.block_m if config.block_m >= group else triton.next_power_of_2(group)
+    tiles = p.num_tiles(p.num_q, block_m // group)
+    programs = tiles * (p.heads // group) * p.batch
+    parts = _parts(programs, p.num_k, config.block_n, p.q.device)
+    shape = (parts, p.batch, p.num_q, p.heads)
+    out = p.q.new_empty(*shape, p.width_v, dtype=out_dtype if parts == 1 else torch.float32)
+    lse = p.q.new_empty(shape, dtype=torch.float32)
+    if lse.numel() == 0:
+        return out[0], lse[0]
+    kf.fwd[programs, parts](
+        p.q, p.k, p.v, p.sinks, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, lse, *p.strides(),
+        p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
+        BLOCK_M=block_m, BLOCK_N=config.block_n, GROUP=group, SINKS=p.sinks is not None, SPLIT=parts > 1, **p.flags(),
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if parts == 1:
+        return out[0], lse[0]
+    whole, whole_lse = out.new_empty(out.shape[1:], dtype=out_dtype), torch.empty_like(lse[0])
+    rows = whole_lse.numel()
+    kf.combine[rows,](out, lse, whole, whole_lse, rows, parts, p.width_v, BLOCK_P=16, BLOCK_DV=p.block_dv)
+    return whole, whole_lse
+
+
+def _parts(programs: int, num_k: int, block_n: int, device: torch.device) -> int:
+    """Into how many parts keys are split so that a few query tiles still fill the device; from shapes alone."""
+    wanted = 2 * _multiprocessors(device) // max(programs, 1)
+    return max(1, min(wanted, num_k // (4 * block_n), 128))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def backward(
+    p: Launch, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent or not needed)."""
+    d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
+    d_out, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (d_out, out))
+    lse = lse.contiguous()
+    lse2, delta = (p.q.new_empty(p.batch, p.heads, p.num_q, dtype=torch.float32) for _ in range(2))
+    d_q = p.q.new_empty(p.q.shape)
+    if d_q.numel():
+        kb.bwd_prep[triton.cdiv(p.num_q, 64), p.heads * p.batch](
+            out, d_out, lse, d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse.stride(),
+            p.num_q, p.heads, p.width_v, BLOCK_M=64, BLOCK_DV=p.block_dv,
+        )  # fmt: skip
+        config = p.config("bwd_dq")
+        tiles = p.num_tiles(p.num_q, config.block_m)
+        kb.bwd_dq[tiles * p.heads * p.batch,](
+            p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
+            *p.strides(), *d_out.stride()[:3],
+            p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **p.flags(),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    d_k, d_v, d_bias = _backward_keys(p, d_out, lse2, delta)
+    d_sinks, d_key_bias = p.q.new_empty(0), p.q.new_empty(0)
+    if p.sinks is not None:  # the sink's probability times (0 - delta), summed over rows
+        share = torch.exp2(p.sinks.float()[:, None] * math.log2(math.e) - lse2)
+        d_sinks = -(share * delta).sum((0, 2)).to(p.sinks.dtype)
+    if need_bias and p.key_bias is not None:
+        d_bias = d_bias if p.key_bias.dim() == 3 else d_bias.sum(-1)
+        d_key_bias = d_bias.to(p.key_bias.dtype)
+    return -d_q if p.flipped else d_q, d_k, d_v, d_sinks, d_key_bias
+
+
+def _backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of k, v and, float32 [B, S, Hkv], of the key bias."""
+    config = p.config("bwd_dkdv")
+    tiles = p.num_tiles(p.num_k, config.block_n)
+    programs = tiles * p.kv_heads * p.batch
+    parts = _head_parts(programs, p.group, p.q.device)
+    dtype = torch.float32 if parts > 1 else p.q.dtype
+    d_k = p.k.new_empty(parts, *p.k.shape, dtype=dtype)
+    d_v = p.v.new_empty(parts, *p.v.shape, dtype=dtype)
+    d_bias = p.k.new_empty(parts, *p.k.shape[:3] if p.key_bias is not None else (0,), dtype=torch.float32)
+    if d_k.numel():
+        kb.bwd_dkdv[programs, parts](
+            p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+            *p.strides(), *d_out.stride()[:3],
+            p.batch, p.num_q, p.num_k, p.heads, p.kv_heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **p.flags(),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    if parts > 1:
+        return d_k.sum(0).to(p.k.dtype), d_v.sum(0).to(p.v.dtype), d_bias.sum(0)
+    return d_k[0], d_v[0], d_bias[0]
+
+
+def _head_parts(programs: int, group: int, device: torch.device) -> int:
+    """Into how many parts the query heads of a group are dealt out, so that a few key tiles still fill the device."""
+    parts = 1
+    while parts < group and programs * parts < 2 * _multiprocessors(device) and group % (2 * parts) == 0:
+        parts *= 2
+    return parts

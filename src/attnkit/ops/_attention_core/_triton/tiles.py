@@ -1,0 +1,112 @@
+"""Device functions: which rows a tile holds, where they stand, and which keys (or queries) it walks over.
+
+The same rules as `Plan`, in closed form, so that a launch needs no tables and no host work. Three kinds of rows (`ROWS`):
+
+    "dense"      tile t of batch element b holds rows t * BLOCK ...; row i stands on key i + S - T.
+    "packed"     tiles never cross sequences. Sequence s starts at tile cu[s] // BLOCK + s, which leaves it room for
+                 ceil(length / BLOCK) tiles whatever the lengths are; tiles beyond its rows do nothing. Rows behind the last
+                 boundary form one more sequence without a counterpart.
+    "positions"  dense tiles whose rows stand on given keys, in any order.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["cut", "key_bounds", "locate", "place", "query_bounds", "rows_near"]
+
+
+@triton.jit
+def _find_sequence(tile, cu, num_seqs, BLOCK: tl.constexpr):
+    """The sequence of a packed tile: how many of them start at or before it, less one."""
+    started = 0
+    for first in range(0, num_seqs + 1, 128):
+        i_seq = first + tl.arange(0, 128)
+        start = tl.load(cu + i_seq, mask=i_seq <= num_seqs, other=1 << 30)
+        started += tl.sum((start // BLOCK + i_seq <= tile).to(tl.int32))
+    return started - 1
+
+
+@triton.jit
+def locate(tile, cu, cu_other, num_seqs, length, length_other, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """First row of a tile, end of its rows' sequence, and the counterpart's range: (first, end, start_other, end_other).
+
+    A tile whose first row is not below the end holds nothing.
+    """
+    if ROWS == "packed":
+        i_seq = _find_sequence(tile, cu, num_seqs, BLOCK)
+        extra = i_seq == num_seqs  # rows behind the last boundary
+        begin = tl.load(cu + i_seq)
+        end = tl.load(cu + i_seq + 1, mask=i_seq < num_seqs, other=0)
+        first = begin + (tile - begin // BLOCK - i_seq) * BLOCK
+        start_other = tl.load(cu_other + i_seq)
+        end_other = tl.load(cu_other + i_seq + 1, mask=i_seq < num_seqs, other=0)
+        return first, tl.where(extra, length, end), start_other, tl.where(extra, start_other, end_other)
+    else:
+        return tile * BLOCK, length, 0, length_other
+
+
+@triton.jit
+def key_bounds(low, high, start, end, left, right, WINDOW: tl.constexpr):
+    """Key rows lo, full_lo, full_hi, hi for rows standing on low..high: each is seen by some row in [lo, hi), and by
+    every row in [full_lo, full_hi)."""
+    lo = start
+    full_lo = start
+    if WINDOW:
+        lo = tl.minimum(tl.maximum(low - left, start), end)
+        full_lo = tl.maximum(high - left, lo)
+    hi = tl.maximum(tl.minimum(high + right + 1, end), lo)
+    full_hi = tl.minimum(low + right + 1, hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def query_bounds(low, high, start, end, shift, left, right, WINDOW: tl.constexpr):
+    """The same for the rows that see the keys low..high, where row i stands on key i + shift."""
+    lo = tl.minimum(tl.maximum(low - right - shift, start), end)
+    full_lo = tl.maximum(high - right - shift, lo)
+    hi = end
+    full_hi = end
+    if WINDOW:
+        hi = tl.maximum(tl.minimum(high + left - shift + 1, end), lo)
+        full_hi = tl.minimum(low + left - shift + 1, hi)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def place(q_pos, offset, first, end, shift, o_row, m_row, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The key rows that the rows first + o_row stand on, and the lowest and highest of those that m_row keeps."""
+    if ROWS == "positions":
+        o_pos = tl.load(q_pos + offset + first + o_row, mask=m_row, other=0)
+        low = tl.min(tl.where(m_row, o_pos, 1 << 30))
+        high = tl.max(tl.where(m_row, o_pos, -(1 << 30)))
+    else:
+        o_pos = first + shift + o_row
+        low = first + shift
+        high = tl.minimum(first + BLOCK, end) - 1 + shift
+    return o_pos, low, high
+
+
+@triton.jit
+def cut(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
+    """Steps of BLOCK over [lo, hi): masked up to the first cut, unmasked up to the second, masked again to the end."""
+    head_end = lo
+    if WINDOW:
+        head_end = lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK
+    return head_end, head_end + tl.maximum(full_hi - head_end, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def rows_near(q_pos, num_q, low, high, left, right, WINDOW: tl.constexpr):
+    """The shortest run of rows that holds every row which sees one of the keys low..high, in whatever order rows stand."""
+    lo = num_q
+    hi = 0
+    for first in range(0, num_q, 1024):
+        row = first + tl.arange(0, 1024)
+        m_row = row < num_q
+        o_pos = tl.load(q_pos + row, mask=m_row, other=0)
+        near = m_row & (o_pos + right >= low)
+        if WINDOW:
+            near = near & (o_pos - left <= high)
+        lo = tl.minimum(lo, tl.min(tl.where(near, row, num_q)))
+        hi = tl.maximum(hi, tl.max(tl.where(near, row + 1, 0)))
+    return lo, tl.maximum(hi, lo)

@@ -1,0 +1,118 @@
+"""FlashAttention-4 (the package flash-attn-4, CuTe kernels): what it cannot do, and the call.
+
+The reasons were read from its sources at 4.0.0b36 and its kernels compiled for sm_90a; nothing of it is imported before a
+call that it takes.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.ops.attention.call import AttentionCall
+
+__all__ = ["refuses", "run"]
+
+PACKAGES = ("flash_attn", "cutlass", "quack", "tvm_ffi")
+MAX_GRID = 65535  # sequences of a batch are one axis of the grid
+
+
+@functools.cache
+def missing() -> list[str]:
+    """What of flash-attn-4 cannot be found; FlashAttention-2 also calls itself flash_attn, so the name is not enough."""
+    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    spec = importlib.util.find_spec("flash_attn")
+    places = spec.submodule_search_locations if spec else None
+    if places and not any((Path(place) / "cute" / "interface.py").is_file() for place in places):
+        absent.append("flash_attn.cute")
+    if not any(True for _ in importlib.metadata.distributions(name="flash-attn-4")):
+        absent.append("flash-attn-4")
+    return absent
+
+
+def refuses(call: AttentionCall) -> list[str]:
+    """Why FlashAttention-4 cannot run the call; where its sources leave a doubt our own kernels serve."""
+    if torch.compiler.is_compiling():
+        return ["torch.compile cannot trace its kernels' own compiler"]
+    if missing():
+        return [f"flash-attn-4 is not installed (no {', '.join(missing())})"]
+    q, k, v = call.q, call.k, call.v
+    reasons = _widths(q.shape[-1], v.shape[-1], call.needs_grad, grouped=q.shape[-2] != k.shape[-2])
+    if q.device.type != "cuda":
+        reasons.append(f"device {q.device.type}")
+    elif (arch := torch.cuda.get_device_capability(q.device))[0] != 9:
+        reasons.append(f"compute capability {arch[0]}.{arch[1]} (other kernels with other limits than 9.0's, not checked)")
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"{q.dtype} (it takes 16 bits)")
+    if q.numel() == 0 or k.numel() == 0:
+        reasons.append("empty inputs")
+    if q.dim() == 4 and q.shape[0] > MAX_GRID:
+        reasons.append(f"more than {MAX_GRID} sequences in a batch")
+    if any(t.numel() >= 2**31 for t in (q, k, v)):
+        reasons.append("a tensor of 2^31 elements or more (its offsets are not checked there)")
+    if any(stride == 0 and size > 1 for t in (q, k, v) for stride, size in zip(t.stride(), t.shape, strict=True)):
+        reasons.append("expanded inputs")
+    if any(cu is not None and (cu.device != q.device or cu.stride(0) != 1) for cu in (call.cu_seqlens_q, call.cu_seqlens_k)):
+        reasons.append("cu_seqlens on another device, or strided")
+    if not call.scale > 0:
+        reasons.append("a scale that is not positive (its running maximum is of unscaled scores)")
+    if call.softcap:
+        reasons.append("softcap (its tanh is approximate)")
+    if call.sinks is not None:
+        reasons.append("sinks (one 88 above every score of a row overflows its sum)")
+    if call.key_bias is not None:
+        reasons.append("key_bias")
+    if call.q_pos is not None:
+        reasons.append("explicit query positions")
+    if call.out_dtype != q.dtype:
+        reasons.append("out_dtype differs from the inputs'")
+    if call.deterministic and call.needs_grad:
+        reasons.append("deterministic gradients (its backward adds up dq in any order; the ordered one is not checked)")
+    return reasons
+
+
+def _widths(width: int, width_v: int, needs_grad: bool, grouped: bool) -> list[str]:
+    reasons = []
+    if width % 8 or width_v % 8:
+        reasons.append("head width is no multiple of 8")
+    if width != width_v:
+        if (width, width_v) != (192, 128):
+            reasons.append("value width differs from key width (only 192 with 128; others run out of registers or memory)")
+        elif needs_grad and grouped:
+            reasons.append("gradients of grouped heads with values of another width")
+    if needs_grad and width % 32:
+        reasons.append("gradients at a head width that is no multiple of 32 (two of its kernels round it differently)")
+    return reasons
+
+
+@functools.cache
+def _load() -> Any:
+    # its compiler warns of one argument of its own at every kernel, the backward's in another thread
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
+    return importlib.import_module("flash_attn.cute")
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Run a call that `refuses` has nothing against."""
+    q, k, v = call.q, call.k, call.v
+    # sides that reach every key are unbounded: cheaper, and within its 32-bit integers
+    left = call.left if 0 <= call.left < k.shape[-3] - 1 else None
+    right = call.right if 0 <= call.right < q.shape[-3] - 1 else None
+    options = {"softmax_scale": call.scale, "window_size": (left, right), "return_lse": call.return_lse}
+    with torch.cuda.device(q.device):
+        if call.cu_seqlens_q is None:
+            out, lse = _load().flash_attn_func(q, k, v, **options)
+        else:
+            packed = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
+            out, lse = _load().flash_attn_varlen_func(q, k, v, **packed, **options)
+    if not call.return_lse:
+        return out, None
+    lse = lse.transpose(-1, -2)
+    # a sum that is NaN comes back as an LSE of -inf
+    return out, lse.masked_fill(lse.isneginf() & out.detach()[..., 0].isnan(), torch.nan)
