@@ -107,6 +107,28 @@ def _padding(generator: torch.Generator) -> dict[str, Any]:
 
 
 QKV = ("q", "k", "v")
+# every kind of width with every size of a group and an odd length; packed sequences of mixed lengths, empty ones included
+_WIDTHS = (16, 24, 32, 40, 48, 64, 72, 96, 104, 112, 128, 160, 192, 224, 256)
+_GROUPS = (1, 2, 3, 4, 5, 7, 8, 16)
+_LENGTHS = (63, 97, 129, 31, 191, 255, 65)
+_MIXES = (
+    ([1, 2, 3, 5, 7], [1, 2, 3, 5, 7]),
+    ([64, 0, 128, 1], [64, 3, 128, 0]),
+    ([0, 0, 97], [5, 0, 97]),
+    ([33, 31, 65, 17, 1, 129], [40, 31, 70, 90, 1, 129]),
+)
+_SWEEP = (
+    *(
+        Case(f"width {width}, groups of {group}, {length} tokens",
+             _dense(length, heads=(group, 1), width=width, causal=True, lse=bool(index % 2)), QKV, level="full")
+        for index, width in enumerate(_WIDTHS)
+        for group, length in [(_GROUPS[index % 8], _LENGTHS[index % 7])]
+    ),
+    *(
+        Case(f"packed mix {index}", _packed(*mix, heads=(4, 2), causal=causal), QKV, level="full")
+        for index, (mix, causal) in enumerate(zip(_MIXES * 2, (True,) * 4 + (False,) * 4, strict=True))
+    ),
+)  # fmt: skip
 CASES = (
     Case("one token", _dense(1, causal=True), QKV),
     Case("63 tokens, no lse", _dense(63, causal=True, lse=False), QKV),
@@ -152,6 +174,7 @@ CASES = (
     Case("float32 results", _dense(65, causal=True, out_dtype=torch.float32), QKV, level="full"),
     Case("2,048 tokens", _dense(2048, heads=(4, 2), width=64, causal=True), QKV, level="full"),
     Case("packed, 2,048 rows", _packed([1000, 48, 1000], heads=(4, 2), causal=True), QKV, level="full"),
+    *_SWEEP,
 )
 
 
