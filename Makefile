@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 FLOOR := transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 OUT ?= report
 
-.PHONY: help demo test check format test-full test-floor test-gpu docs clean
+.PHONY: help demo test check format test-full test-floor test-gpu bench docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ test-floor: .venv/.floor  ## what touches transformers, on the oldest supported 
 
 test-gpu:  ## conformance and gradients on the GPU, in the interpreter's own environment
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/lab -m gpu
+
+bench:  ## races against other libraries on this machine, in the interpreter's own environment; writes benchmarks/results
+	PYTHONPATH=src $(PYTHON) -m attnkit bench kernels attention --out benchmarks/results
 
 docs: .venv/.docs  ## the site in docs/_build; warnings are errors
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import click
 
-from attnkit import systems
+from attnkit import report, systems
 from attnkit._core.dispatch import only_when_named
 from attnkit.cli import EXIT_CODES, main
 from attnkit.ops import OPS
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER.parent / "benchmarks" / "results"
 NOTICE = "<!-- Written by docs/generate.py. Edit the code it comes from, then run: python docs/generate.py -->"
 
 
 def pages() -> dict[str, str]:
     """File name -> text of every generated page."""
-    return {"cli.md": _cli(), "operators.md": _operators(), "systems.md": _systems()}
+    return {"cli.md": _cli(), "operators.md": _operators(), "systems.md": _systems(), "results.md": _results()}
 
 
 def _cli() -> str:
@@ -84,6 +85,30 @@ def _systems() -> str:
             f"{table}\n",
         ]
     )
+
+
+def _results() -> str:
+    parts = [
+        NOTICE,
+        "# Results of races",
+        "Every race in `benchmarks/results`. [Races](race.md) says how they are run and how to read a row; "
+        "`attnkit report FILE` draws one as a page.",
+    ]
+    for path in sorted(RESULTS.glob("*.json")):
+        document = report.read_envelope(path)
+        if document["schema"] == "attnkit.race/1":
+            section = report.SECTIONS[document["schema"]].draw(document)
+            known = {"commit": document["commit"], "command": document["command"]} | document["versions"]
+            facts = [*section.facts, *((name, value) for name, value in known.items() if value)]
+            parts += [f"## {path.name}", "\n".join(f"- {name}: `{value}`" for name, value in facts)]
+            parts += ["\n".join(f"- {line}" for line in section.lead)]
+            for block in section.blocks:
+                if isinstance(block, report.Table):
+                    parts += [f"### {block.title} of {path.stem}", report.markdown_table(block.headers, block.rows)]
+                    parts += [block.note] if block.note else []
+    if len(parts) == 3:
+        parts.append("None is there yet: `make bench` runs one.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(text: str) -> str:

@@ -9,8 +9,8 @@ import pytest
 
 from attnkit import report
 from attnkit._core.errors import InputError, MissingExtra
-from attnkit.report import compare, page
-from report_examples import compare_envelope, race_envelope
+from attnkit.report import compare, page, race
+from report_examples import compare_envelope, race_envelope, skipped_entries
 
 pytest.importorskip("matplotlib")
 
@@ -159,6 +159,67 @@ def test_races_name_winners_and_move_what_is_common_into_the_head() -> None:
     every = next(block for block in section.blocks if isinstance(block, page.Table))
     assert "dtype" not in every.headers
     assert [row[list(every.headers).index("peer / ours")] for row in every.rows[:2]] == ["0.97 \u25bc", "1.12 \u25b2"]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "text"),
+    [
+        ((1.1, 1.2, 1.3), "pays at every length"),
+        ((0.9, 1.2, 1.3), "pays from 2,048 tokens"),
+        ((1.1, 0.9, 1.3), "pays from 4,096 tokens"),  # what is lost again in between does not count
+        ((1.1, 1.2, 0.9), "never pays up to 4,096 tokens"),
+        ((0.9, 0.9, 1.0), "never pays up to 4,096 tokens"),
+    ],
+)
+def test_a_race_says_from_where_ours_pays(ratios: tuple[float, ...], text: str) -> None:
+    rows = race_envelope(lengths=(1024, 2048, 4096))["rows"]
+    kept = [row for row in rows if row["peer"] == "flex_attention" and row["pass"] == "fwd"]
+    changed = [row | {"ratio": ratio} for row, ratio in zip(kept, ratios, strict=True)]
+    assert race.crossovers(list(reversed(changed))) == [f"Against flex_attention ours {text}."]
+
+
+def test_crossovers_tell_passes_apart_where_they_differ() -> None:
+    rows = race_envelope()["rows"]
+    for row in rows:
+        if row["pass"] == "fwd+bwd":
+            row["ratio"] = 2.0
+    assert race.crossovers(rows)[0] == (
+        "Against flash-attn-4 ours never pays up to 16,384 tokens (fwd); pays at every length (fwd+bwd)."
+    )
+
+
+def test_decoding_counts_its_keys_as_tokens() -> None:
+    rows = race_envelope()["rows"]
+    decode = [row | {"pass": "decode", "shape": row["shape"] | {"T": 1, "S": row["shape"]["T"]}} for row in rows[:3]]
+    section = race.SPEC.draw(race_envelope() | {"rows": [*rows, *decode]})
+    every = next(block for block in section.blocks if isinstance(block, page.Table))
+    assert list(every.headers)[:3] == ["pass", "tokens", "peer"]
+    assert list(every.rows[-1])[:2] == ["decode", "4,096"]
+    assert ("shape", "B=1 H=32 D=128") in list(section.facts)
+
+
+def test_who_was_not_raced_is_on_the_page_with_the_reason() -> None:
+    document = race_envelope() | {"skipped": skipped_entries(), "finished": ["a", "b", "c", "d", "e"]}
+    absent = race.SPEC.draw(document).blocks[-1]
+    assert isinstance(absent, page.Table)
+    assert [list(row) for row in absent.rows] == [
+        ["fa4", "flash_attn is not installed", "all"],
+        ["attnkit", "out of memory", "fwd B=1 T=16384 H=32 D=128"],
+    ]
+    assert absent.note == "Where attnkit did not run, nobody was raced."
+    document |= {"skipped": skipped_entries()[:5], "finished": ["a"] * 9, "rows": []}
+    (absent,) = race.SPEC.draw(document).blocks
+    assert isinstance(absent, page.Table)
+    assert absent.rows[0][2].endswith("fwd B=1 T=8192 H=32 D=128; 1 more")
+    assert absent.note == ""
+
+
+def test_a_race_of_one_length_has_a_dot_a_race_and_one_of_several_a_line_a_peer() -> None:
+    one, several = (Page(report.render_html([race_envelope(lengths)])) for lengths in ((4096,), (4096, 16384)))
+    assert "Right of the line ours is faster." in one.text
+    assert "fwd against flash-attn-4: 0.97" in one.labels[0]
+    assert "Above the line ours is faster." in several.text
+    assert "fwd against flash-attn-4: 0.97 at 4,096, 0.97 at 16,384" in several.labels[0]
 
 
 def test_a_race_of_one_row_still_draws() -> None:

@@ -86,7 +86,10 @@ def test_modules_load_without_torch(module: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["doctor", "compare", "demo", "ops list", "ops show", "ops check", "systems", "assets list", "assets fetch", "report"],
+    [
+        *("doctor", "compare", "demo", "ops list", "ops show", "ops check"),
+        *("tune", "systems", "assets list", "assets fetch", "report"),
+    ],
 )
 def test_every_command_ends_with_two_examples_and_python(path: str) -> None:
     result = run(*path.split(), "--help")

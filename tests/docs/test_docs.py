@@ -18,12 +18,26 @@ import pytest
 import attnkit
 from attnkit.cli import main
 from attnkit.cli.doctor import TESTED_TRANSFORMERS
+from attnkit.report import write_json
+from report_examples import compare_envelope, race_envelope
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 SOURCE = ROOT / "src" / "attnkit"
 PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-NAMESPACES = ["assets", "errors", "inference", "kv", "lab.compare", "lab.numerics.conformance", "ops", "report", "systems"]
+NAMESPACES = [
+    "assets",
+    "errors",
+    "inference",
+    "kv",
+    "lab.bench",
+    "lab.compare",
+    "lab.numerics.conformance",
+    "lab.tune",
+    "ops",
+    "report",
+    "systems",
+]
 MODULES = [
     ".".join(("attnkit", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
     for path in sorted(SOURCE.rglob("*.py"))
@@ -60,9 +74,11 @@ def test_docstrings(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", ["start", "attention", "inference", "compare", "conformance"])
+@pytest.mark.parametrize("name", ["start", "attention", "attention-core", "inference", "compare", "conformance", "race"])
 def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`python` blocks run, `pycon` blocks give what they show; the blocks of a page share their names."""
+    if name == "attention-core":
+        pytest.importorskip("triton")
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": f"docs.{name}"}
     runner, parser = doctest.DocTestRunner(), doctest.DocTestParser()
@@ -80,7 +96,7 @@ def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.summarize().failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cli.md", "operators.md", "systems.md"])
+@pytest.mark.parametrize("name", ["cli.md", "operators.md", "systems.md", "results.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     committed = (DOCS / name).read_text(encoding="utf-8")
     assert committed == script("generate").pages()[name], "stale; run: python docs/generate.py"
@@ -134,6 +150,25 @@ def test_methods_are_described() -> None:
     assert [name for name in METHODS if f"`{name}`" not in compare] == []
     low, high = (".".join(map(str, bound)) for bound in TESTED_TRANSFORMERS)
     assert f"{low}..{high}" in inference
+
+
+def test_races_and_their_peers_are_described() -> None:
+    from attnkit.lab.bench import RACES
+
+    text = (DOCS / "race.md").read_text(encoding="utf-8")
+    assert [name for race in RACES.values() for name in (race.op, *race.peers, *race.passes) if f"`{name}`" not in text] == []
+
+
+def test_results_are_drawn_where_there_are_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = script("generate")
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert "None is there yet" in generate.pages()["results.md"]
+    write_json(tmp_path / "attention.json", race_envelope() | {"command": "attnkit bench kernels attention"})
+    write_json(tmp_path / "compare.json", compare_envelope())
+    page = generate.pages()["results.md"]
+    assert re.findall("^##+ .*", page, re.MULTILINE) == ["## attention.json", "### Every race of attention"]
+    assert "| fwd | 4,096 | flash-attn-4 | 1.70 | 1.65 | 0.97 \u25bc |" in page
+    assert "- device: `NVIDIA H200`" in page
 
 
 def test_channel_orders_are_described() -> None:

@@ -128,7 +128,7 @@ def test_offsets_beyond_32_bits() -> None:
     k, v = (torch.randn(1, num, 1, width, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = ops.attention(q, k, v, causal=True, window_size=(63, 0), backend="triton")
     tail = ops.attention(q[:, -200:], k[:, -264:], v[:, -264:], causal=True, window_size=(63, 0), backend="triton")
-    torch.testing.assert_close(out[:, -200:], tail)
+    torch.testing.assert_close(out[:, -200:], tail, rtol=0.02, atol=0.004)  # values are near 0.1; tiles start elsewhere
 
 
 def test_sanitizer() -> None:

@@ -171,8 +171,9 @@ def test_no_matrix_of_all_pairs(options: dict[str, Any]) -> None:
     left, right = options.get("window_size", (-1, 0))
     args = (k.detach(), v.detach(), None, bias, None, None, None, 0.25, left, right, options.get("softcap", 0.0))
     with _Largest() as largest, torch.no_grad():
-        out, lse = _register._forward(q.detach(), *args, torch.float32)
-        _register._backward(torch.ones_like(out), torch.ones_like(lse), out, lse, False, q.detach(), *args)
+        inputs = (q.detach(), *args)
+        out, lse = _register._blockwise_forward(inputs, torch.float32)
+        _register._blockwise_backward(inputs, torch.ones_like(out), torch.ones_like(lse), out, lse, False)
     assert largest.numel <= rows * 1024
 
 
@@ -223,8 +224,10 @@ def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None
     q, k, v = _qkv()
     with pytest.raises(errors.BackendUnavailable, match=r"attention cannot run this call\. sdpa: softcap"):
         ops.attention(q, k, v, softcap=1.0, backend="sdpa")
-    with pytest.raises(errors.OptionError, match="no backend 'triton'; choose one of auto, sdpa, torch, reference"):
-        ops.attention(q, k, v, backend="triton")
+    names = "auto, fa4, cudnn, sdpa, triton, torch, reference"
+    assert [f'"{name}"' for name in names.split(", ") if f'"{name}"' not in str(ops.attention.__doc__)] == []
+    with pytest.raises(errors.OptionError, match=f"no backend 'flash'; choose one of {names}"):
+        ops.attention(q, k, v, backend="flash")
     monkeypatch.setenv("ATTNKIT_DISABLE", "attention.sdpa")
     assert ops.explain("attention", q, k, v).chosen == "torch"
     with pytest.raises(errors.BackendUnavailable, match="switched off by ATTNKIT_DISABLE"):

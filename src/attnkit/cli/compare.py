@@ -1,16 +1,13 @@
 """`attnkit compare`: methods x lengths on the user's model and text, quality and cost in one result."""
 
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from attnkit.cli._common import (
-    Progress,
     device_option,
     dtype_option,
     emit,
@@ -24,11 +21,8 @@ from attnkit.cli._common import (
     resume_option,
     seed_option,
     verb,
-    warn,
 )
-
-if TYPE_CHECKING:
-    from attnkit.lab.compare import Event
+from attnkit.cli._listener import Listener
 
 __all__ = ["MEMORY_HINT", "command", "compare_and_show"]
 
@@ -121,46 +115,10 @@ def compare_and_show(*, as_json: bool, quiet: bool, out: Path, resume: bool, **a
     """
     from attnkit.lab import compare
 
-    with _Listener(out, silent=quiet or as_json).listening() as listener:
+    with Listener("comparing", out, silent=quiet or as_json).listening() as listener:
         line = shlex.join(["attnkit", *sys.argv[1:]])
         document = compare.run(**arguments, out=out, resume=resume, on_event=listener.hear, command=line)
     emit(document, as_json, *_tables(document), f"report: {out / 'index.html'}   data: {out / 'results.json'}")
-
-
-class _Listener:
-    """Turns events into a progress bar and warnings."""
-
-    def __init__(self, out: Path, *, silent: bool) -> None:
-        self._out, self._silent = out, silent
-        self._progress: Progress | None = None
-        self._stack = contextlib.ExitStack()
-        self._last: Event | None = None
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator["_Listener"]:
-        """The time in which events come."""
-        with self._stack:
-            try:
-                yield self
-            except KeyboardInterrupt:
-                self._stack.close()
-                if self._last is not None:
-                    done = f"{self._last.done} of {self._last.total} steps are kept in {self._out}"
-                    warn(f"{done}; the same command with --resume goes on")
-                raise
-
-    def hear(self, event: "Event") -> None:
-        """One event."""
-        self._last = event
-        if event.kind == "warning":
-            warn(event.text)
-        elif event.kind == "phase" and not self._silent:
-            click.echo(event.text, err=True)
-        elif event.kind == "plan":
-            title = f"comparing ({event.done} done before)" if event.done else "comparing"
-            self._progress = self._stack.enter_context(Progress(title, event.total - event.done, silent=self._silent))
-        elif self._progress is not None:
-            self._progress.advance(note=event.text)
 
 
 def _tables(document: dict[str, Any]) -> list[Any]:

@@ -2,6 +2,9 @@
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["compare", "numerics"]
+__all__ = ["bench", "compare", "numerics", "tune"]
 
-__getattr__, __dir__ = lazy_attributes(__name__, modules={"compare": "attnkit.lab.compare", "numerics": "attnkit.lab.numerics"})
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    modules={name: f"attnkit.lab.{name}" for name in __all__},
+)

@@ -5,39 +5,118 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnkit.report.page import Block, Figure, Section, SectionSpec, Table
-from attnkit.report.plots import INK, MUTED, canvas, series
+from attnkit.report.race_plots import dots, over_tokens
 from attnkit.report.tables import ABSENT, TIMES, number
 
-__all__ = ["SPEC"]
+__all__ = ["OWN", "SPEC", "crossovers"]
 
 Row = Mapping[str, Any]
+TOKENS = "tokens"
+OWN = "attnkit"  # how results name our side
 _SHOWN = 40  # beyond that the plot is a wall of dots; the table has every row
+_LISTED = 4  # shapes that somebody was not raced on, by name
+
+
+def crossovers(rows: Sequence[Row]) -> list[str]:
+    """One line a peer that says from how many tokens ours is faster, for each pass and kind of shape.
+
+    "Pays from N tokens" means faster at N and at every longer length that was raced.
+    """
+    what = _Identity(rows)
+    lines = []
+    for peer in dict.fromkeys(row["peer"] for row in rows):
+        kinds: dict[str, list[tuple[int, float]]] = {}
+        for index, row in enumerate(rows):
+            if row["peer"] == peer:
+                kinds.setdefault(what.kind(index), []).append((tokens(row), row["ratio"]))
+        verdicts: dict[str, list[str]] = {}
+        for kind, points in kinds.items():
+            verdicts.setdefault(_pays(points), []).append(kind)
+        parts = [f"{verdict} ({', '.join(names)})" if len(verdicts) > 1 else verdict for verdict, names in verdicts.items()]
+        lines.append(f"Against {peer} ours {'; '.join(parts)}.")
+    return lines
+
+
+def tokens(row: Row) -> int:
+    """The length of a row's shape: its keys where they are counted apart, else its rows."""
+    shape = row["shape"]
+    return int(shape.get("S", shape["T"]))
+
+
+def _pays(points: list[tuple[int, float]]) -> str:
+    slower = [place for place, ratio in points if ratio <= 1]
+    if not slower:
+        return "pays at every length"
+    after = [place for place, _ in points if place > max(slower)]
+    return f"pays from {min(after):,} tokens" if after else f"never pays up to {max(slower):,} tokens"
+
+
+class _Identity:
+    """What each row is: columns of operator, pass, sizes, dtype and peer, and which of them vary.
+
+    Attributes:
+        columns: name -> one text a row.
+        varying: those with several values, and the peer.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        sizes = [_sizes(row) for row in rows]
+        self.columns = {
+            "op": [str(row["op"]) for row in rows],
+            "pass": [str(row["pass"]) for row in rows],
+            **{
+                name: [_text(each.get(name)) for each in sizes]
+                for name in dict.fromkeys(name for each in sizes for name in each)
+            },
+            "dtype": [str(row["dtype"]) for row in rows],
+            "peer": [str(row["peer"]) for row in rows],
+        }
+        self.varying = {name: texts for name, texts in self.columns.items() if name == "peer" or len(set(texts)) > 1}
+        self._sizes = {name for each in sizes for name in each}
+
+    def common(self) -> list[tuple[str, str]]:
+        """What all rows share, as facts; sizes are one of them."""
+        shared = {name: texts[0] for name, texts in self.columns.items() if name not in self.varying}
+        shape = " ".join(f"{name}={text}" for name, text in shared.items() if name in self._sizes)
+        facts = [(name, text) for name, text in shared.items() if name not in self._sizes]
+        return [*facts, ("shape", shape)] if shape else facts
+
+    def kind(self, index: int) -> str:
+        """A row without its length and its peer: "fwd D=64"."""
+        return self._label(index, without=("peer", TOKENS))
+
+    def label(self, index: int) -> str:
+        """A row without its peer: "fwd tokens=4,096 D=64"."""
+        return self._label(index, without=("peer",))
+
+    def _label(self, index: int, without: tuple[str, ...]) -> str:
+        named = [(name, texts[index]) for name, texts in self.varying.items() if name not in without]
+        return " ".join(f"{name}={text}" if name in self._sizes else text for name, text in named if text != ABSENT)
+
+
+def _sizes(row: Row) -> dict[str, Any]:
+    """Letter -> size, with `tokens` in the place of T and S; T stays where it is neither the length nor one row."""
+    sizes: dict[str, Any] = {TOKENS: tokens(row)}
+    for name, size in row["shape"].items():
+        if name != "S" and (name != "T" or size not in (1, sizes[TOKENS])):
+            sizes[name] = size
+    return sizes
+
+
+def _text(value: object) -> str:
+    return ABSENT if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _draw(document: Mapping[str, Any]) -> Section:
     """Envelope of attnkit.race/1 -> section."""
     rows = document["rows"]
+    skipped = _skipped(document)
     if not rows:
-        return Section("Race", (), (), ["No race was run."])
-    what = _identity(rows)
-    common = {name: texts[0] for name, texts in what.items() if len(set(texts)) == 1 and name != "peer"}
-    varying = {name: texts for name, texts in what.items() if name not in common}
-    labels = [" ".join(parts) for parts in zip(*(texts for name, texts in varying.items() if name != "peer"), strict=True)]
-    note = "Right of the line ours is faster."
-    if len(rows) > _SHOWN:
-        note += f" The first {_SHOWN} of {len(rows)} rows; the table has all."
-    blocks: list[Block] = [
-        Figure("Peer time / our time", lambda prefix: _ratios(prefix, rows[:_SHOWN], labels or [""] * len(rows)), note),
-        _table(rows, varying),
-    ]
-    facts = [("device", str(document.get("device", ABSENT))), *common.items()]
-    return Section(f"Race: {', '.join(dict.fromkeys(what['op']))}", facts, blocks, _lead(rows))
-
-
-def _identity(rows: Sequence[Row]) -> dict[str, list[str]]:
-    shapes = [" ".join(f"{name}={value}" for name, value in row["shape"].items()) for row in rows]
-    fields = {name: [str(row[name]) for row in rows] for name in ("op", "pass", "dtype", "peer")}
-    return {"op": fields["op"], "pass": fields["pass"], "shape": shapes, "dtype": fields["dtype"], "peer": fields["peer"]}
+        return Section("Race", (), skipped, ["No race was run."])
+    what = _Identity(rows)
+    blocks: list[Block] = [_figure(rows, what), _table(rows, what), *skipped]
+    facts = [("device", str(document.get("device", ABSENT))), *what.common()]
+    return Section(f"Race: {', '.join(dict.fromkeys(what.columns['op']))}", facts, blocks, [*_lead(rows), *crossovers(rows)])
 
 
 def _lead(rows: Sequence[Row]) -> list[str]:
@@ -50,63 +129,65 @@ def _lead(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _table(rows: Sequence[Row], varying: Mapping[str, Sequence[str]]) -> Table:
-    headers = [*varying, "ours ms", "peer ms", "peer / ours", "spread", "first call s", "MiB, ours / peer"]
-    cells = [
-        [
-            *(texts[index] for texts in varying.values()),
-            number(row["ours_ms"]),
-            number(row["peer_ms"]),
-            f"{row['ratio']:.2f} {'▲' if row['ratio'] > 1 else '▼'}",
-            number(row.get("spread")),
-            number(row.get("first_call_s")),
-            f"{number(row.get('peak_mib'))} / {number(row.get('peer_peak_mib'))}",
-        ]
-        for index, row in enumerate(rows)
-    ]
-    return Table(
-        "Every race",
-        headers,
-        cells,
-        "▲ ours is faster, ▼ the peer is. Times are medians; spread is relative; MiB is peak memory.",
-    )
+def _figure(rows: Sequence[Row], what: _Identity) -> Figure:
+    title = "Peer time / our time"
+    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for index, row in sorted(enumerate(rows), key=lambda pair: tokens(pair[1])):
+        lines.setdefault(what.kind(index), {}).setdefault(row["peer"], []).append((tokens(row), row["ratio"]))
+    if TOKENS in what.varying:
+        return Figure(title, lambda prefix: over_tokens(prefix, lines), "Above the line ours is faster.")
+    note = "Right of the line ours is faster."
+    if len(rows) > _SHOWN:
+        note += f" The first {_SHOWN} of {len(rows)} rows; the table has all."
+    shown = rows[:_SHOWN]
+    labels = [what.label(index) for index in range(len(shown))]
+    return Figure(title, lambda prefix: dots(prefix, shown, labels), note)
 
 
-def _ratios(prefix: str, rows: Sequence[Row], labels: Sequence[str]) -> str:
-    peers = list(dict.fromkeys(row["peer"] for row in rows))
-    facts = "; ".join(f"{label} against {row['peer']}: {row['ratio']:.2f}" for label, row in zip(labels, rows, strict=False))
-    with canvas(prefix, 8.2, 0.9 + 0.24 * len(rows), alt=f"Ratio of peer time to our time. {facts}") as drawn:
-        axes = drawn.axes[0]
-        axes.axvline(1.0, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-        for index, row in enumerate(rows):
-            color, marker = series(peers.index(row["peer"]))
-            right = row["ratio"] >= 1
-            axes.plot([1.0, row["ratio"]], [index, index], color=color, linewidth=2.5, solid_capstyle="butt", alpha=0.5)
-            axes.plot(row["ratio"], index, marker, color=color, markersize=6)
-            axes.annotate(
-                f"{row['ratio']:.2f}",
-                (row["ratio"], index),
-                (8 if right else -8, 0),
-                textcoords="offset points",
-                ha="left" if right else "right",
-                va="center",
-                color=INK,
-            )
-        low, high = min(1.0, *(row["ratio"] for row in rows)), max(1.0, *(row["ratio"] for row in rows))
-        ticks = [2.0**power for power in range(math.floor(math.log2(low)), math.ceil(math.log2(high * 1.2)) + 1)]
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:g}{TIMES}" for tick in ticks])
-        axes.set_xlim(low / 1.2, high * 1.2)
-        axes.minorticks_off()
-        axes.set_yticks(range(len(rows)), list(labels)[: len(rows)])
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        for index, peer in enumerate(peers):
-            color, marker = series(index)
-            axes.plot([], [], marker, color=color, label=peer)
-        for text in axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4).get_texts():
-            text.set_color(MUTED)
-    return drawn.svg
+def _table(rows: Sequence[Row], what: _Identity) -> Table:
+    columns: dict[str, list[str]] = {name: list(texts) for name, texts in what.varying.items()}
+    columns |= {
+        "ours ms": [number(row["ours_ms"]) for row in rows],
+        "peer ms": [number(row["peer_ms"]) for row in rows],
+        "peer / ours": [f"{row['ratio']:.2f} {'▲' if row['ratio'] > 1 else '▼'}" for row in rows],
+        "spread": [_percent(row.get("spread"), 1) for row in rows],
+        "first call s": [number(row.get("first_call_s")) for row in rows],
+        "ours TFLOP/s": [number(row.get("tflops")) for row in rows],
+        "peer TFLOP/s": [number(row.get("peer_tflops")) for row in rows],
+        "of copy rate": [_percent(row.get("bandwidth_share"), 0) for row in rows],
+        "ours MiB": [number(row.get("peak_mib")) for row in rows],
+        "peer MiB": [number(row.get("peer_peak_mib")) for row in rows],
+    }
+    shown = {name: cells for name, cells in columns.items() if name in what.varying or set(cells) != {ABSENT}}
+    note = "▲ ours is faster, ▼ the peer is. Times are medians; spread is relative; MiB is peak memory."
+    notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))
+    return Table("Every race", list(shown), list(zip(*shown.values(), strict=True)), " ".join([note, *notes]))
+
+
+def _percent(share: float | None, decimals: int) -> str:
+    return ABSENT if share is None else f"{100 * share:.{decimals}f} %"
+
+
+def _skipped(document: Mapping[str, Any]) -> list[Block]:
+    """Who was not raced, where, and why."""
+    entries = document.get("skipped") or []
+    if not entries:
+        return []
+    shapes: dict[tuple[str, str], list[str]] = {}
+    for entry in entries:
+        sizes = " ".join(f"{name}={size}" for name, size in entry["shape"].items())
+        shapes.setdefault((entry["peer"], entry["reason"]), []).append(f"{entry['pass']} {sizes}")
+    total = len(document.get("finished") or [])
+    cells = [[peer, reason, _listing(places, total)] for (peer, reason), places in shapes.items()]
+    note = f"Where {OWN} did not run, nobody was raced." if any(peer == OWN for peer, _ in shapes) else ""
+    return [Table("Not raced", ["contestant", "reason", "shapes"], cells, note)]
+
+
+def _listing(places: Sequence[str], total: int) -> str:
+    if len(places) == total:
+        return "all"
+    rest = len(places) - _LISTED
+    return "; ".join([*places[:_LISTED], f"{rest} more"] if rest > 0 else places)
 
 
 SPEC = SectionSpec(_draw, ("op", "shape", "dtype", "pass", "peer", "ours_ms", "peer_ms", "ratio"))

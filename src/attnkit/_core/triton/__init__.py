@@ -2,15 +2,10 @@
 
 import importlib.util
 import os
-from functools import cache
 
-__all__ = ["has_triton", "interpreted"]
+__all__ = ["HAS_TRITON", "interpreted"]
 
-
-@cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant: torch.compile traces what asks for it
 
 
 def interpreted() -> bool:

@@ -4,6 +4,7 @@ The choice never changes what is computed beyond the order of sums, and nothing 
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,12 +22,26 @@ _SCHEMA = "attnkit.tuned/1"
 
 @dataclass(frozen=True)
 class Config:
-    """Query rows and keys of a tile, warps of a program, stages of its load pipeline."""
+    """Query rows and keys of a tile, warps of a program, stages of its load pipeline.
+
+    Raises:
+        InputError: no kernel can be built like that.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+
+    def __post_init__(self) -> None:
+        numbers = (self.block_m, self.block_n, self.num_warps, self.num_stages)
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise InputError(f"{self}: all four are positive integers")
+        if min(self.block_m, self.block_n) < 16 or any(number & (number - 1) for number in numbers[:3]):
+            raise InputError(f"{self}: rows, keys and warps are powers of two, rows and keys at least 16")
+
+    def __str__(self) -> str:
+        return f"{self.block_m} x {self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
 
 
 class ConfigTable:
@@ -47,7 +62,11 @@ class ConfigTable:
         self._tables: dict[torch.device, Mapping[Key, Config]] = {}
 
     def pick(self, kernel: str, bits: int, width: int, device: torch.device) -> Config:
-        """The user's tuned entry, else the architecture's, else the default."""
+        """The user's tuned entry, else the architecture's, else the default.
+
+        Raises:
+            InputError: the user's file is not a table of tuned configurations.
+        """
         table = self._tables.get(device)
         if table is None:
             table = self._tables[device] = self._load(device)
@@ -63,20 +82,23 @@ class ConfigTable:
         return settings().cache_path() / "tuned" / f"{self.operator}-{name.replace(' ', '-').replace('/', '-')}.json"
 
     def store(self, tuned: Mapping[Key, Config], device: torch.device) -> Path:
-        """Keep tuned entries in the user's cache, those of earlier runs included, and use them from now on."""
+        """Keep tuned entries in the user's cache, those of earlier runs included, and use them from now on.
+
+        Raises:
+            InputError: the file of earlier runs is not a table of tuned configurations.
+        """
         path = self.path(device)
         merged = {**_read(path), **tuned} if path.exists() else dict(tuned)
         rows = [{"kernel": kernel, "bits": bits, "width": width, **asdict(c)} for (kernel, bits, width), c in merged.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"schema": _SCHEMA, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        self._tables.pop(device, None)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps({"schema": _SCHEMA, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._tables.clear()  # all of them: another GPU of this name reads the same file
         return path
-
-    def override(self, entries: Mapping[Key, Config], device: torch.device) -> None:
-        """Use these entries on a device for the rest of the process: how candidates are tried."""
-        self._tables[device] = {**self._load(device), **entries}
 
     def _load(self, device: torch.device) -> Mapping[Key, Config]:
         table = dict(self._default)
@@ -89,7 +111,7 @@ class ConfigTable:
 
 
 def _read(path: Path) -> dict[Key, Config]:
-    advice = "remove it, or write it again with: attnkit tune"
+    advice = "remove it; attnkit tune writes a new one"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != _SCHEMA:

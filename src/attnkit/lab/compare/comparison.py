@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,28 +14,11 @@ from attnkit.lab.compare.plan import Input, inputs, order
 from attnkit.lab.compare.rows import make_rows
 from attnkit.lab.compare.session import Session, TextInput
 from attnkit.lab.compare.state import State
+from attnkit.lab.events import Event, Kind
 
-__all__ = ["SCHEMA", "Comparison", "Event", "Setup"]
+__all__ = ["SCHEMA", "Comparison", "Setup"]
 
 SCHEMA = "attnkit.compare/1"
-Kind = Literal["plan", "phase", "warning", "step"]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a running comparison tells.
-
-    Attributes:
-        kind: "phase" (something slow begins), "warning", "plan" (once, when steps begin), or "step" (a method has read an
-            input).
-        text: one line.
-        done, total: steps, those found by resuming among the done ones.
-    """
-
-    kind: Kind
-    text: str
-    done: int
-    total: int
 
 
 @dataclass(frozen=True)

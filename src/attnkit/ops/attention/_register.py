@@ -52,13 +52,15 @@ def _blockwise_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
 def _triton_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Results:
     from attnkit.ops._attention_core._triton import launch  # Triton loads when a kernel runs
 
-    return launch.forward(launch.Launch(*inputs), out_dtype)
+    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device, wherever tensors are
+        return launch.forward(launch.Launch(*inputs), out_dtype)
 
 
 def _triton_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
     from attnkit.ops._attention_core._triton import launch
 
-    return launch.backward(launch.Launch(*inputs), *results)
+    with torch.cuda.device_of(inputs[0]):
+        return launch.backward(launch.Launch(*inputs), *results)
 
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Tensor | None, *rest: Any) -> tuple[Any, ...]:

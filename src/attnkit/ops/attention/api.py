@@ -52,7 +52,7 @@ def attention(
         return_lse: also return the log-sum-exp; gradients flow through it.
         out_dtype: q's dtype, or float32 where results are merged later.
         deterministic: True allows only backends that give the same bits every time, None any.
-        backend: "auto", "sdpa", "torch" or "reference"; a named one never falls back.
+        backend: "auto", "fa4", "cudnn", "sdpa", "triton", "torch" or "reference"; a named one never falls back.
     Returns:
         out [B, T, H, Dv] (packed [R, H, Dv]); with return_lse also lse [B, T, H] (packed [R, H]), natural logarithm,
         float32 (float64 with float64 inputs). Rows that see no key give 0 and -inf (the sink's logit with sinks).

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnkit._core.dispatch import Backend, only_when_named
-from attnkit._core.triton import has_triton, interpreted
+from attnkit._core.triton import HAS_TRITON, interpreted
 from attnkit.ops.attention import flash4
 from attnkit.ops.attention._register import attention_op, triton_attention_op
 from attnkit.ops.attention.call import AttentionCall
@@ -18,6 +18,7 @@ __all__ = ["BACKENDS"]
 
 Result = tuple[Tensor, Tensor | None]
 FEW_ROWS = 64
+_HAS_CUDNN = torch.backends.cudnn.is_available()
 _CUDNN_WIDTH = 128  # wider heads run there only forward and only on some GPUs
 
 
@@ -58,15 +59,19 @@ def _fused_refuses(call: AttentionCall) -> list[str]:
             reasons.append("head width is no multiple of 8")
         if call.deterministic and call.needs_grad:
             reasons.append("its backward is not deterministic")
+        reasons += _old_gpu(call)
     return reasons
+
+
+def _old_gpu(call: AttentionCall) -> list[str]:
+    old = torch.cuda.get_device_capability(call.q.device) < (8, 0)
+    return ["a GPU older than compute capability 8.0"] if old else []
 
 
 def _cudnn_refuses(call: AttentionCall) -> list[str]:
     if call.q.device.type != "cuda":
         return [f"device {call.q.device.type}"]
-    if torch.cuda.get_device_capability(call.q.device) < (8, 0):
-        return ["a GPU older than compute capability 8.0"]
-    if not torch.backends.cudnn.is_available():
+    if not _HAS_CUDNN:
         return ["torch is built without cuDNN"]
     reasons = _fused_refuses(call)
     if call.q.shape[-1] > _CUDNN_WIDTH:
@@ -126,7 +131,7 @@ def _arguments(call: AttentionCall) -> tuple[Any, ...]:
 
 
 def _triton_refuses(call: AttentionCall) -> list[str]:
-    if not has_triton():
+    if not HAS_TRITON:
         return ["Triton is not installed; run: pip install 'attnkit[triton]'"]
     device, dtype = call.q.device, call.q.dtype
     reasons = [f"{dtype} (the kernels take 16 and 32 bits)"] if dtype == torch.float64 else []
@@ -135,8 +140,8 @@ def _triton_refuses(call: AttentionCall) -> list[str]:
             reasons.append(f"{dtype} (Triton's interpreter computes bfloat16 wrongly and float16 slowly)")
     elif device.type != "cuda":
         reasons.append(f"device {device.type}")
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reasons.append("a GPU older than compute capability 8.0")
+    else:
+        reasons += _old_gpu(call)
     return reasons
 
 

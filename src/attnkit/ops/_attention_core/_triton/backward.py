@@ -22,14 +22,16 @@ __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 def bwd_prep(
     out, d_out, lse, d_lse, lse2, delta,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
-    num_q, heads, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
 
     Rows that saw nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H].
+    Grid: (tiles * H * B,).
     """
-    first = tl.program_id(0) * BLOCK_M
-    head, i_b = (tl.program_id(1) % heads).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64)
+    pid = tl.program_id(0)
+    first = pid % num_tiles * BLOCK_M
+    head, i_b = (pid // num_tiles % heads).to(tl.int64), (pid // num_tiles // heads).to(tl.int64)
     o_m, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     row = (first + o_m).to(tl.int64)
     m_row = row < num_q

@@ -109,11 +109,12 @@ def fwd(
         BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
     )  # fmt: skip
 
-    safe = tl.where(total > 0, total, 1.0)
-    acc = acc / safe[:, None]
+    nothing = total == 0  # NaN is something
+    total = tl.where(nothing, 1.0, total)
+    acc = acc / total[:, None]
     row = (part * batch + i_b) * num_q + first
     p_row = row * heads + head + o_t * heads + o_h
-    m = tl.where(total > 0, m + tl.log2(safe), float("-inf")) * LN2
+    m = tl.where(nothing, float("-inf"), m + tl.log2(total)) * LN2
     tl.store(lse + p_row, m, mask=m_row)
     tl.store(
         out + p_row[:, None] * width_v + o_dv[None, :],

@@ -14,7 +14,7 @@ from attnkit.ops._attention_core._triton import backward as kb
 from attnkit.ops._attention_core._triton import forward as kf
 from attnkit.ops._attention_core._triton.configs import CONFIGS
 
-__all__ = ["Launch", "backward", "forward"]
+__all__ = ["Launch", "backward", "backward_keys", "backward_queries", "forward", "row_constants"]
 
 _UNBOUNDED = 1 << 30
 _TINY = 1e-30  # a scale of 0 would turn a masked score, -inf, into NaN
@@ -45,6 +45,8 @@ class Launch:
             self.flipped = False
         self.scale = max(self.scale, _TINY)
         self.q, self.k, self.v = (t if t.stride(-1) == 1 else t.contiguous() for t in (self.q, self.k, self.v))
+        small = (self.sinks, self.cu_q, self.cu_k, self.q_pos)  # kernels read these without strides
+        self.sinks, self.cu_q, self.cu_k, self.q_pos = (None if t is None else t.contiguous() for t in small)
         self.batch, self.num_q, self.heads, self.width = self.q.shape
         _, self.num_k, self.kv_heads, self.width_v = self.v.shape
         self.group = self.heads // self.kv_heads
@@ -84,6 +86,11 @@ class Launch:
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         }
 
+    def keys_a_tile(self, block: int) -> int:
+        """About how many keys a tile of so many rows walks over at most."""
+        keys = self.num_k // max(self.num_seqs, 1)
+        return min(keys, self.left + max(self.right, 0) + block) if self.left >= 0 else keys
+
     def num_tiles(self, rows: int, block: int) -> int:
         """Tiles of a side; packed sequences may leave some of theirs empty, and need one for rows behind the last."""
         return rows // block + self.num_seqs + 1 if self.cu_q is not None else triton.cdiv(rows, block)
@@ -97,7 +104,7 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     block_m = config.block_m if config.block_m >= group else triton.next_power_of_2(group)
     tiles = p.num_tiles(p.num_q, block_m // group)
     programs = tiles * (p.heads // group) * p.batch
-    parts = _parts(programs, p.num_k, config.block_n, p.q.device)
+    parts = _parts(programs, p.keys_a_tile(block_m // group), config.block_n, p.q.device)
     shape = (parts, p.batch, p.num_q, p.heads)
     out = p.q.new_empty(*shape, p.width_v, dtype=out_dtype if parts == 1 else torch.float32)
     lse = p.q.new_empty(shape, dtype=torch.float32)
@@ -117,10 +124,10 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return whole, whole_lse
 
 
-def _parts(programs: int, num_k: int, block_n: int, device: torch.device) -> int:
+def _parts(programs: int, keys: int, block_n: int, device: torch.device) -> int:
     """Into how many parts keys are split so that a few query tiles still fill the device; from shapes alone."""
-    wanted = 2 * _multiprocessors(device) // max(programs, 1)
-    return max(1, min(wanted, num_k // (4 * block_n), 128))
+    wanted = _multiprocessors(device) // max(programs, 1)
+    return max(1, min(wanted, keys // (4 * block_n), 128))
 
 
 @cache
@@ -134,24 +141,9 @@ def backward(
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent or not needed)."""
     d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
     d_out, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (d_out, out))
-    lse = lse.contiguous()
-    lse2, delta = (p.q.new_empty(p.batch, p.heads, p.num_q, dtype=torch.float32) for _ in range(2))
-    d_q = p.q.new_empty(p.q.shape)
-    if d_q.numel():
-        kb.bwd_prep[triton.cdiv(p.num_q, 64), p.heads * p.batch](
-            out, d_out, lse, d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse.stride(),
-            p.num_q, p.heads, p.width_v, BLOCK_M=64, BLOCK_DV=p.block_dv,
-        )  # fmt: skip
-        config = p.config("bwd_dq")
-        tiles = p.num_tiles(p.num_q, config.block_m)
-        kb.bwd_dq[tiles * p.heads * p.batch,](
-            p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
-            *p.strides(), *d_out.stride()[:3],
-            p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **p.flags(),
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-    d_k, d_v, d_bias = _backward_keys(p, d_out, lse2, delta)
+    lse2, delta = row_constants(p, d_out, d_lse, out, lse)
+    d_q = backward_queries(p, d_out, lse2, delta)
+    d_k, d_v, d_bias = backward_keys(p, d_out, lse2, delta)
     d_sinks, d_key_bias = p.q.new_empty(0), p.q.new_empty(0)
     if p.sinks is not None:  # the sink's probability times (0 - delta), summed over rows
         share = torch.exp2(p.sinks.float()[:, None] * math.log2(math.e) - lse2)
@@ -162,7 +154,35 @@ def backward(
     return -d_q if p.flipped else d_q, d_k, d_v, d_sinks, d_key_bias
 
 
-def _backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def row_constants(p: Launch, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * out) - d_lse: float32 [B, H, T]."""
+    lse2, delta = (p.q.new_empty(p.batch, p.heads, p.num_q, dtype=torch.float32) for _ in range(2))
+    if lse2.numel():
+        tiles = triton.cdiv(p.num_q, 64)
+        kb.bwd_prep[tiles * p.heads * p.batch,](
+            out, d_out, lse.contiguous(), d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse.stride(),
+            p.num_q, p.heads, tiles, p.width_v, BLOCK_M=64, BLOCK_DV=p.block_dv,
+        )  # fmt: skip
+    return lse2, delta
+
+
+def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
+    """Gradient of `p.q`, which is the caller's q up to `flipped`."""
+    d_q = p.q.new_empty(p.q.shape)
+    config = p.config("bwd_dq")
+    tiles = p.num_tiles(p.num_q, config.block_m)
+    if d_q.numel():
+        kb.bwd_dq[tiles * p.heads * p.batch,](
+            p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
+            *p.strides(), *d_out.stride()[:3],
+            p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **p.flags(),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return d_q
+
+
+def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and, float32 [B, S, Hkv], of the key bias."""
     config = p.config("bwd_dkdv")
     tiles = p.num_tiles(p.num_k, config.block_n)
@@ -187,7 +207,5 @@ def _backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tup
 
 def _head_parts(programs: int, group: int, device: torch.device) -> int:
     """Into how many parts the query heads of a group are dealt out, so that a few key tiles still fill the device."""
-    parts = 1
-    while parts < group and programs * parts < 2 * _multiprocessors(device) and group % (2 * parts) == 0:
-        parts *= 2
-    return parts
+    wanted = 2 * _multiprocessors(device) // max(programs, 1)
+    return max(parts for parts in range(1, group + 1) if group % parts == 0 and parts <= max(wanted, 1))

@@ -1,0 +1,175 @@
+"""What an operator brings to a race: shapes, inputs, the work they are, and peers. Everything else is shared."""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from attnkit._core.errors import OptionError
+from attnkit._core.opspec import OPS
+from attnkit._core.registry import Registry
+from attnkit.report.race import OWN
+
+__all__ = ["BACKWARD", "MEMORY_BOUND", "OWN", "Operator", "Peer", "Race", "Shape", "contestants"]
+
+Operator = Callable[..., Any]  # takes the operator's keyword arguments, returns what the operator returns
+Sizes = Mapping[str, int]
+
+BACKWARD = "fwd+bwd"
+MEMORY_BOUND = ("decode", "step")  # passes that read much and compute little
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One point of a race.
+
+    Attributes:
+        step: the pass: "fwd", "fwd+bwd", "decode" or "step".
+        sizes: letter -> size, as rows show them; S (keys) where it differs from T, else T is the length.
+        dtype, device: of the inputs.
+    """
+
+    step: str
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.step}, {' '.join(f'{name}={size}' for name, size in self.sizes.items())}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether the pass has a backward part."""
+        return self.step == BACKWARD
+
+
+def _none(shape: Shape) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's implementation.
+
+    Attributes:
+        name: what `peers=` calls it.
+        summary: what it is.
+        make: shape -> the implementation, which takes the operator's keyword arguments and returns what the operator
+            returns. What a user would do once and keep (masks, compiling) is done here and not timed.
+        limits: shape -> reasons why it cannot do it; none means it is worth a try.
+        devices: kinds of devices that it is for; it runs by default on these.
+        module: what must be importable.
+        install: how to get it, in the sentence "... is not installed; ...".
+        package: distribution whose version belongs into the result; empty where torch's says it.
+    """
+
+    name: str
+    summary: str
+    make: Callable[[Shape], Operator]
+    limits: Callable[[Shape], list[str]] = _none
+    devices: tuple[str, ...] = ("cuda",)
+    module: str = "torch"
+    install: str = ""
+    package: str = ""
+
+    def reasons(self, shape: Shape) -> list[str]:
+        """Why it cannot take part on this shape."""
+        try:
+            importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            return [f"{error.name} is not installed; {self.install}"]
+        except ImportError as error:
+            return [f"{self.module} cannot be imported: {error}"]
+        elsewhere = shape.device.type not in self.devices
+        return [f"runs on {' and '.join(self.devices)} only"] if elsewhere else self.limits(shape)
+
+
+@dataclass(frozen=True)
+class Race:
+    """How an operator is raced.
+
+    Attributes:
+        op: its name in `attnkit.ops`.
+        peers: whom it meets.
+        passes: what can be timed, in the order of the rows.
+        lengths: kind of device -> tokens, by default.
+        dims: head widths, by default.
+        heads: (H, Hkv), by default.
+        sizes: (pass, length, head width, heads, batch) -> sizes of the shape.
+        inputs: (sizes, generator) -> the operator's keyword arguments, float tensors in float32 on the generator's device.
+        reduced: sizes -> small sizes of the same kind, for conformance.
+        grads: inputs that get gradients in "fwd+bwd".
+        flops: shape -> multiplications and additions.
+        traffic: shape -> bytes that a memory-bound pass must read or write.
+    """
+
+    op: str
+    peers: Registry[Peer]
+    passes: tuple[str, ...]
+    lengths: Mapping[str, tuple[int, ...]]
+    dims: tuple[int, ...]
+    heads: tuple[int, int]
+    sizes: Callable[[str, int, int, tuple[int, int], int], Sizes]
+    inputs: Callable[[Sizes, torch.Generator], dict[str, Any]]
+    reduced: Callable[[Sizes], Sizes]
+    grads: tuple[str, ...]
+    flops: Callable[[Shape], float]
+    traffic: Callable[[Shape], float]
+
+    def draw(self, shape: Shape, seed: int) -> dict[str, Any]:
+        """Inputs of a shape, in its dtype on its device."""
+        inputs = self.inputs(shape.sizes, torch.Generator(shape.device).manual_seed(seed))
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                inputs[name] = value.to(shape.dtype).requires_grad_(shape.trains and name in self.grads)
+        return inputs
+
+    def smaller(self, shape: Shape) -> Shape:
+        """The reduced shape of the same kind."""
+        return dataclasses.replace(shape, sizes=self.reduced(shape.sizes))
+
+    def own(self, backend: str) -> Operator:
+        """Our operator with a backend."""
+        return partial(OPS[self.op].function, backend=backend)
+
+    def choose_passes(self, names: Sequence[str] | None) -> tuple[str, ...]:
+        """Passes by name, all by default, in the order of the race.
+
+        Raises:
+            OptionError: the race has no such pass.
+        """
+        for name in names or ():
+            if name not in self.passes:
+                near = difflib.get_close_matches(name, self.passes, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise OptionError(f"unknown pass {name!r} of {self.op}; {hint}known: {', '.join(self.passes)}")
+        return tuple(name for name in self.passes if names is None or name in names)
+
+
+def contestants(race: Race, chosen: Sequence[str | Peer] | None, device: torch.device) -> tuple[Peer, ...]:
+    """Peers by name; by default all that are made for the device.
+
+    Args:
+        chosen: names of the registry, "attnkit:BACKEND" for another backend of the operator itself, or peers as they are.
+    Raises:
+        OptionError: an unknown peer or backend.
+    """
+    if chosen is None:
+        return tuple(peer for peer in race.peers.values() if device.type in peer.devices)
+    return tuple(peer if isinstance(peer, Peer) else _named(race, peer) for peer in dict.fromkeys(chosen))
+
+
+def _named(race: Race, name: str) -> Peer:
+    if not name.startswith(f"{OWN}:"):
+        return race.peers[name]
+    backend = name.removeprefix(f"{OWN}:")
+    known = [other.name for other in OPS[race.op].backends]
+    if backend not in known:
+        raise OptionError(f"{race.op} has no backend {backend!r}; choose one of {', '.join(known)}")
+    summary = f"the {backend} backend of the operator"
+    return Peer(name, summary, lambda shape: race.own(backend), devices=("cpu", "cuda"))

@@ -1,0 +1,156 @@
+"""The stopwatch: warm calls of one contestant, measured in lots that are long against the clock."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkit.lab.compare.measure import PeakMemory
+
+__all__ = ["Calls", "Entrant", "elapsed", "interleave", "reason"]
+
+MEASURED_S = 0.05  # one measurement: a thousand times the jitter of a launch
+MAX_REPEATS = 1000
+_LONGEST = 300  # characters of an error message; compilers write pages
+
+
+def elapsed(device: torch.device, call: Callable[[], object], count: int) -> float:
+    """Seconds for `count` calls one after another, divided by their number."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / count
+    begin = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - begin) / count
+
+
+@dataclass
+class Calls:
+    """An operator bound to inputs.
+
+    Attributes:
+        operator: takes the inputs by keyword.
+        inputs: one set a call; several sets are called one after another.
+        leaves: tensors whose gradients are asked for; none in forward passes.
+        upstream: gradient of the output, for `leaves`.
+    """
+
+    operator: Callable[..., Any]
+    inputs: Sequence[dict[str, Any]]
+    leaves: Sequence[Tensor] = ()
+    upstream: Tensor | None = None
+
+    def forward(self, inputs: dict[str, Any]) -> Tensor:
+        """The first output."""
+        result = self.operator(**inputs)
+        out = result[0] if isinstance(result, tuple) else result
+        assert isinstance(out, Tensor)
+        return out
+
+    def once(self) -> None:
+        """The pass on the first set of inputs."""
+        out = self.forward(self.inputs[0])
+        if self.leaves:
+            torch.autograd.grad(out, self.leaves, self.upstream)
+
+    def all(self) -> None:
+        """The pass on every set."""
+        if self.leaves:
+            self.once()
+            return
+        for inputs in self.inputs:
+            self.forward(inputs)
+
+
+@dataclass
+class Entrant:
+    """A contestant that is warm and ready.
+
+    Attributes:
+        name: of the contestant.
+        device: where it runs.
+        run: one lot of `lot` calls.
+        repeats: lots in one measurement.
+        peak_mib: largest memory of one call beyond what was there before.
+        note: what a reader must know about its times.
+        times: seconds a call, one entry a round.
+    """
+
+    name: str
+    device: torch.device
+    run: Callable[[], object]
+    lot: int
+    repeats: int
+    peak_mib: float | None
+    note: str = ""
+    times: list[float] = field(default_factory=list)
+
+    @classmethod
+    def ready(cls, name: str, device: torch.device, calls: Calls, *, graph: bool) -> "Entrant":
+        """Warm a contestant up, and find out its memory and how many calls fill a measurement.
+
+        Args:
+            graph: replay its calls from a CUDA graph, on a GPU.
+        """
+        calls.once()
+        with PeakMemory(device) as peak:  # of many calls, because on a CPU it is looked at from time to time
+            elapsed(device, calls.once, _repeats(device, calls.once))
+        run, note = _captured(device, calls) if graph and device.type == "cuda" else (calls.all, "")
+        return cls(name, device, run, len(calls.inputs), _repeats(device, run), peak.mib, note and f"{name}: {note}")
+
+    def measure(self) -> float:
+        """Seconds a call, of one measurement."""
+        return elapsed(self.device, self.run, self.repeats) / self.lot
+
+
+def _repeats(device: torch.device, run: Callable[[], object]) -> int:
+    seconds = max(elapsed(device, run, 2), 1e-9)
+    return min(max(math.ceil(MEASURED_S / seconds), 1), MAX_REPEATS)
+
+
+def interleave(entrants: Sequence[Entrant], rounds: int) -> None:
+    """Measure everybody once a round, in an order that rotates; one more round comes first and does not count."""
+    for turn in range(rounds + 1):
+        shift = turn % len(entrants)
+        for entrant in (*entrants[shift:], *entrants[:shift]):
+            try:
+                seconds = entrant.measure()
+            except Exception as error:
+                raise RuntimeError(f"{entrant.name} broke after its warm-up: {reason(error)}") from error
+            if turn:
+                entrant.times.append(seconds)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return "out of memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:_LONGEST]
+
+
+def _captured(device: torch.device, calls: Calls) -> tuple[Callable[[], object], str]:
+    """The calls as a CUDA graph, or as they are with the reason."""
+    try:
+        side = torch.cuda.Stream(device)  # first calls on a stream allocate, which must not be captured
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            calls.all()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            calls.all()
+    except Exception as error:  # peers raise what they like
+        return calls.all, f"plain calls, no CUDA graph ({reason(error)})"
+    return graph.replay, ""

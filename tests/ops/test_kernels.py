@@ -1,0 +1,80 @@
+"""The Triton kernels in the interpreter: what no conformance case can say. Everywhere else they are judged like any backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attnkit import ops
+from attnkit._core.triton import interpreted
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(not (interpreted() or torch.cuda.is_available()), reason="needs the interpreter or a GPU")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Call = Callable[..., Any]
+
+
+def _qkv(num_q: int, num_k: int, heads: tuple[int, int] = (2, 1), width: int = 16) -> list[Tensor]:
+    shapes = ((num_q, heads[0]), (num_k, heads[1]), (num_k, heads[1]))
+    return [torch.randn(1, *shape, width, device=DEVICE) for shape in shapes]
+
+
+def _both(call: Call, *args: Any, **options: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return tuple(call(*args, return_lse=True, backend=name, **options) for name in ("triton", "reference"))  # type: ignore[return-value]
+
+
+def _same(call: Call, *args: Any, **options: Any) -> None:
+    for ours, expected in zip(*_both(call, *args, **options), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_small_inputs_may_be_strided() -> None:
+    q, k, v = _qkv(20, 40)
+    _same(ops.attention, q, k, v, sinks=torch.randn(4, device=DEVICE)[::2])
+    _same(ops.attention, q, k, v, sinks=torch.randn(1, device=DEVICE).expand(2))
+    positions = torch.randint(0, 40, (40, 2), device=DEVICE)
+    _same(ops.query_sparse_attention, q, k, v, positions[::2, 0])
+    _same(ops.query_sparse_attention, q, k, v, positions[:20].T[:1])
+    cu_q, cu_k = (torch.tensor([[0, 0], [7, 9], [size, size]], device=DEVICE, dtype=torch.int32)[:, 0] for size in (20, 40))
+    _same(ops.attention, q[0], k[0], v[0], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+    bias = torch.randn(1, 40, 2, device=DEVICE)[..., 0]
+    _same(ops.attention, q, k, v, key_bias=bias)
+
+
+@pytest.mark.parametrize("num_q", [1, 20], ids=["split keys", "one part"])
+def test_a_seen_nan_makes_the_row_nan(num_q: int) -> None:
+    q, k, v = _qkv(num_q, 2500)
+    k[0, 3] = torch.nan
+    for ours, expected in zip(*_both(ops.attention, q, k, v), strict=True):
+        assert ours.isnan().all()
+        assert expected.isnan().all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 2.0])
+def test_any_scale(scale: float) -> None:
+    q, k, v = (t.requires_grad_() for t in _qkv(33, 40))
+    grads = []
+    for backend in ("triton", "reference"):
+        out, lse = ops.attention(q, k, v, causal=True, scale=scale, return_lse=True, backend=backend)
+        grads.append(torch.autograd.grad(out.square().sum() + lse.masked_fill(lse.isneginf(), 0).sum(), (q, k, v)))
+    for ours, expected in zip(*grads, strict=True):
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_packed_windows_of_any_shape(data: st.DataObject) -> None:
+    """Sequences of any lengths, rows behind the last boundary, and any window: which keys a row sees is found exactly."""
+    count = data.draw(st.integers(1, 5))
+    lengths = st.lists(st.integers(0, 40), min_size=count, max_size=count)
+    lengths_q, lengths_k = data.draw(lengths), data.draw(lengths)
+    behind = data.draw(st.integers(0, 3)) if DEVICE == "cuda" else 0  # refused on the CPU, where boundaries can be read
+    side = st.none() | st.integers(0, 50)
+    window = data.draw(st.tuples(side, side))
+    q, k, v = _qkv(sum(lengths_q) + behind, sum(lengths_k) + behind)
+    cu_q, cu_k = (torch.tensor([0, *part], device=DEVICE).cumsum(0).int() for part in (lengths_q, lengths_k))
+    _same(ops.attention, q[0], k[0], v[0], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, window_size=window)
