@@ -65,6 +65,19 @@ def test_any_scale(scale: float) -> None:
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-12
 
 
+@pytest.mark.parametrize("window", [None, (20, 0), (3, 9)], ids=str)
+def test_every_alignment_of_rows_and_tiles(window: tuple[int, int] | None) -> None:
+    """The cuts between masked and unmasked steps, wherever the first row stands within a tile of keys; gradients too."""
+    for num_k in range(64, 97):
+        q, k, v = (t.requires_grad_() for t in _qkv(37, num_k))
+        grads = []
+        for backend in ("triton", "reference"):
+            out = ops.attention(q, k, v, causal=window is None, window_size=window, backend=backend)
+            grads.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v))))
+        for ours, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_packed_windows_of_any_shape(data: st.DataObject) -> None:
