@@ -78,6 +78,24 @@ def test_every_alignment_of_rows_and_tiles(window: tuple[int, int] | None) -> No
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sinks_count_once_where_keys_are_split() -> None:
+    q, k, v = _qkv(1, 2500)
+    _same(ops.attention, q, k, v, sinks=torch.tensor([4.0, 7.0], device=DEVICE))
+
+
+@pytest.mark.parametrize("window", [None, (20, 0)], ids=str)
+def test_selecting_every_row_is_attention(window: tuple[int, int] | None) -> None:
+    """Rows stand on every key once, so that each border of each tile of keys is met; backwards, for tiles in any order."""
+    q, k, v = (t.requires_grad_() for t in _qkv(100, 100))
+    for order in (torch.arange(100), torch.arange(99, -1, -1)):
+        rows = order.to(DEVICE)
+        ours = ops.query_sparse_attention(q[:, rows], k, v, rows, window_size=window, backend="triton")
+        expected = ops.attention(q, k, v, causal=True, window_size=window, backend="reference")[:, rows]
+        grads = (torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (ours, expected))
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_packed_windows_of_any_shape(data: st.DataObject) -> None:

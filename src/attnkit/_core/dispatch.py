@@ -93,11 +93,12 @@ def choose(operator: str, backends: Sequence[Backend[C]], requested: str, call: 
         OptionError: no backend has the requested name.
         BackendUnavailable: nothing allowed can run; the message lists every reason.
     """
-    if requested == "auto":  # the hot path: no records, and the tracer of torch.compile sees plain code
-        disabled = settings().disable
-        for backend in backends:
-            if not (f"{operator}.{backend.name}" in disabled or backend.refuses(call) or backend.avoids(call)):
-                return backend
+    disabled = settings().disable
+    for backend in backends:  # the hot path: no records, and the tracer of torch.compile sees plain code
+        if requested not in ("auto", backend.name) or f"{operator}.{backend.name}" in disabled:
+            continue
+        if not (backend.refuses(call) or (requested == "auto" and backend.avoids(call))):
+            return backend
     explanation = explain_choice(operator, backends, requested, call)
     for backend in backends:
         if backend.name == explanation.chosen:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from attnkit._core.checks import accumulator_dtype
 from attnkit._core.library import define, define_gradient
@@ -12,7 +13,7 @@ from attnkit.ops._attention_core.plan import Plan
 from attnkit.ops.attention import blockwise
 from attnkit.ops.attention.problem import Problem
 
-__all__ = ["attention_op", "triton_attention_op"]
+__all__ = ["run_blockwise", "run_triton"]
 
 Results = tuple[Tensor, ...]
 
@@ -97,8 +98,19 @@ _RESULTS = "Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, bool need_bias"
 _GRADS = ", ".join(["Tensor"] * 5)
 
 
+def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether nobody watches: no tracer, no dispatch mode, no tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
 def _register(name: str, forward: Callable[..., Results], backward: Callable[..., Results]) -> Callable[..., Any]:
-    """Define `attnkit::NAME` and its backward operator from implementations on batched inputs."""
+    """Define `attnkit::NAME` and its backward operator from implementations on batched inputs, and return what to call.
+
+    A call on plain tensors goes to the implementation through an autograd function of its own: the two operators and what
+    torch.library wraps around them cost as much as launching the kernels. Whoever traces or watches sees the operators.
+    """
 
     def run(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         *inputs, out_dtype = args
@@ -116,19 +128,37 @@ def _register(name: str, forward: Callable[..., Results], backward: Callable[...
         d_q, d_k, d_v, d_sinks, d_key_bias = grads
         return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
 
-    def gradient(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
-        grads = backward_op(d_out, d_lse, out, lse, need_bias, *tensors, *ctx.options)
+        grads = through(d_out, d_lse, out, lse, need_bias, *tensors, *ctx.options)
         d_sinks = None if tensors[3] is None else grads[3]
         d_key_bias = grads[4] if need_bias else None
         return (*grads[:3], d_sinks, d_key_bias, *[None] * 8)
 
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            output = run(*args)
+            _save(ctx, args, output)
+            return output
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+            return gradient(ctx, run_backward, d_out, d_lse)
+
     operator = define(f"{name}({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor)", run, _forward_fake)
     backward_op = define(f"{name}_backward({_RESULTS}, {_INPUTS}) -> ({_GRADS})", run_backward, _backward_fake)
-    define_gradient(name, _save, gradient)
-    return operator
+    define_gradient(name, _save, lambda ctx, d_out, d_lse: gradient(ctx, backward_op, d_out, d_lse))
+
+    def call(*args: Any) -> Any:
+        if not _plain(args[:8]):
+            return operator(*args)
+        return Direct.apply(*args) if torch.is_grad_enabled() else run(*args)  # type: ignore[no-untyped-call]
+
+    return call
 
 
-attention_op = _register("attention", _blockwise_forward, _blockwise_backward)
-triton_attention_op = _register("attention_triton", _triton_forward, _triton_backward)
+run_blockwise = _register("attention", _blockwise_forward, _blockwise_backward)
+run_triton = _register("attention_triton", _triton_forward, _triton_backward)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnkit._core.dispatch import Backend, only_when_named
 from attnkit._core.triton import HAS_TRITON, interpreted
 from attnkit.ops.attention import flash4
-from attnkit.ops.attention._register import attention_op, triton_attention_op
+from attnkit.ops.attention._register import run_blockwise, run_triton
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.attention.reference import MAX_PAIRS, reference
 
@@ -150,12 +150,12 @@ def _triton_avoids(call: AttentionCall) -> list[str]:
 
 
 def _triton(call: AttentionCall) -> Result:
-    out, lse = triton_attention_op(*_arguments(call))
+    out, lse = run_triton(*_arguments(call))
     return out, lse
 
 
 def _torch(call: AttentionCall) -> Result:
-    out, lse = attention_op(*_arguments(call))
+    out, lse = run_blockwise(*_arguments(call))
     return out, lse
 
 

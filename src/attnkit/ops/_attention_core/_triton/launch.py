@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from attnkit._core.triton.configs import Config
+from attnkit._core.triton.launcher import launch
 from attnkit.ops._attention_core._triton import backward as kb
 from attnkit.ops._attention_core._triton import forward as kf
 from attnkit.ops._attention_core._triton.configs import CONFIGS
@@ -72,10 +73,12 @@ class Launch:
         left, right = (_UNBOUNDED if side < 0 else side for side in (self.left, self.right))
         return (self.scale, left, right, self.softcap, self.width, self.width_v)
 
-    def flags(self) -> dict[str, Any]:
-        """The compile-time options that all walking kernels share."""
+    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **flags: Any) -> None:
+        """Run one of the kernels that walk over tiles, with the compile-time options that they share and `flags`."""
         rows = "packed" if self.cu_q is not None else "positions" if self.q_pos is not None else "dense"
-        return {
+        shared = {
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,
             "ROWS": rows,
@@ -85,6 +88,7 @@ class Launch:
             "EVEN": self.block_d == self.width and self.block_dv == self.width_v,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
         }
+        launch(kernel, grid, arguments, shared | flags, num_warps=config.num_warps, num_stages=config.num_stages)
 
     def keys_a_tile(self, block: int) -> int:
         """About how many keys a tile of so many rows walks over at most."""
@@ -110,17 +114,18 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     lse = p.q.new_empty(shape, dtype=torch.float32)
     if lse.numel() == 0:
         return out[0], lse[0]
-    kf.fwd[programs, parts](
+    arguments = (
         p.q, p.k, p.v, p.sinks, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, lse, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
-        BLOCK_M=block_m, BLOCK_N=config.block_n, GROUP=group, SINKS=p.sinks is not None, SPLIT=parts > 1, **p.flags(),
-        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
+    flags = {"GROUP": group, "SINKS": p.sinks is not None, "SPLIT": parts > 1}
+    p.launch(kf.fwd, (programs, parts), arguments, config, BLOCK_M=block_m, **flags)
     if parts == 1:
         return out[0], lse[0]
     whole, whole_lse = out.new_empty(out.shape[1:], dtype=out_dtype), torch.empty_like(lse[0])
     rows = whole_lse.numel()
-    kf.combine[rows,](out, lse, whole, whole_lse, rows, parts, p.width_v, BLOCK_P=16, BLOCK_DV=p.block_dv)
+    sizes = {"BLOCK_P": 16, "BLOCK_DV": p.block_dv}
+    launch(kf.combine, (rows,), (out, lse, whole, whole_lse, rows, parts, p.width_v), sizes)
     return whole, whole_lse
 
 
@@ -159,10 +164,11 @@ def row_constants(p: Launch, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Ten
     lse2, delta = (p.q.new_empty(p.batch, p.heads, p.num_q, dtype=torch.float32) for _ in range(2))
     if lse2.numel():
         tiles = triton.cdiv(p.num_q, 64)
-        kb.bwd_prep[tiles * p.heads * p.batch,](
+        arguments = (
             out, d_out, lse.contiguous(), d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse.stride(),
-            p.num_q, p.heads, tiles, p.width_v, BLOCK_M=64, BLOCK_DV=p.block_dv,
+            p.num_q, p.heads, tiles, p.width_v,
         )  # fmt: skip
+        launch(kb.bwd_prep, (tiles * p.heads * p.batch,), arguments, {"BLOCK_M": 64, "BLOCK_DV": p.block_dv})
     return lse2, delta
 
 
@@ -172,13 +178,12 @@ def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> T
     config = p.config("bwd_dq")
     tiles = p.num_tiles(p.num_q, config.block_m)
     if d_q.numel():
-        kb.bwd_dq[tiles * p.heads * p.batch,](
+        arguments = (
             p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **p.flags(),
-            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+        p.launch(kb.bwd_dq, (tiles * p.heads * p.batch,), arguments, config)
     return d_q
 
 
@@ -193,13 +198,12 @@ def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tupl
     d_v = p.v.new_empty(parts, *p.v.shape, dtype=dtype)
     d_bias = p.k.new_empty(parts, *p.k.shape[:3] if p.key_bias is not None else (0,), dtype=torch.float32)
     if d_k.numel():
-        kb.bwd_dkdv[programs, parts](
+        arguments = (
             p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
             *p.strides(), *d_out.stride()[:3],
             p.batch, p.num_q, p.num_k, p.heads, p.kv_heads, p.num_seqs, tiles, p.group, *p.scalars(),
-            BLOCK_M=config.block_m, BLOCK_N=config.block_n, **p.flags(),
-            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
+        p.launch(kb.bwd_dkdv, (programs, parts), arguments, config)
     if parts > 1:
         return d_k.sum(0).to(p.k.dtype), d_v.sum(0).to(p.v.dtype), d_bias.sum(0)
     return d_k[0], d_v[0], d_bias[0]

@@ -54,7 +54,7 @@ def scores(s, bias, scale, softcap, SOFTCAP: tl.constexpr, BIAS: tl.constexpr):
         s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
         c = 1.0
     if BIAS:
-        s = tl.where(bias == float("-inf"), float("-inf"), s * c + bias)  # a masked key may hold NaN
+        s = s * c + bias
         c = 1.0
     return s, c
 
