@@ -5,6 +5,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the oldest transformers that is promised to work, beside the pinned one (and what it needs in other versions)
 FLOOR := transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 OUT ?= report
+# where pytest-xdist is installed, GPU tests spread over the processor's cores: compiling is most of their time
+SPREAD = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --dist worksteal)
 
 .PHONY: help demo test check format test-full test-floor test-gpu bench docs clean
 
@@ -59,8 +61,8 @@ format: .venv/.dev  ## rewrite files in the house style
 test-floor: .venv/.floor  ## what touches transformers, on the oldest supported version
 	PYTHONPATH=.venv/floor $(BIN)/python -m pytest tests/kv tests/inference
 
-test-gpu:  ## conformance and gradients on the GPU, in the interpreter's own environment
-	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/lab -m gpu
+test-gpu:  ## conformance and gradients on the GPU, in the interpreter's own environment; hundreds of kernels are compiled
+	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/lab -m gpu -p no:benchmark $(SPREAD)
 
 bench:  ## races against other libraries on this machine, in the interpreter's own environment; writes benchmarks/results
 	PYTHONPATH=src $(PYTHON) -m attnkit bench kernels attention --out benchmarks/results

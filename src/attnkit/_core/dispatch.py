@@ -95,7 +95,7 @@ def choose(operator: str, backends: Sequence[Backend[C]], requested: str, call: 
     """
     disabled = settings().disable
     for backend in backends:  # the hot path: no records, and the tracer of torch.compile sees plain code
-        if requested not in ("auto", backend.name) or f"{operator}.{backend.name}" in disabled:
+        if requested not in ("auto", backend.name) or (disabled and f"{operator}.{backend.name}" in disabled):
             continue
         if not (backend.refuses(call) or (requested == "auto" and backend.avoids(call))):
             return backend

@@ -1,5 +1,6 @@
 """The stopwatch: warm calls of one contestant, measured in lots that are long against the clock."""
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -104,6 +105,7 @@ class Entrant:
             graph: replay its calls from a CUDA graph, on a GPU.
         """
         calls.once()
+        gc.collect()  # garbage that falls away during the measurement would be counted as memory that was not needed
         with PeakMemory(device) as peak:  # of many calls, because on a CPU it is looked at from time to time
             elapsed(device, calls.once, _repeats(device, calls.once))
         run, note = _captured(device, calls) if graph and device.type == "cuda" else (calls.all, "")

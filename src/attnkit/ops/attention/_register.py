@@ -118,17 +118,17 @@ def _register(name: str, forward: Callable[..., Results], backward: Callable[...
         return (out[0], lse[0]) if q.dim() == 3 else (out, lse)
 
     def run_backward(
-        d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool, q: Tensor, *inputs: Any
+        d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, need_bias: bool, q: Tensor, *inputs: Any
     ) -> Results:
         packed = q.dim() == 3
-        results = (t[None] if packed else t for t in (d_out, d_lse, out, lse))
+        results = (t[None] if packed and t is not None else t for t in (d_out, d_lse, out, lse))
         grads = backward(_batched(q, *inputs), *results, need_bias)
         if not packed:
             return grads
         d_q, d_k, d_v, d_sinks, d_key_bias = grads
         return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
 
-    def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
         grads = through(d_out, d_lse, out, lse, need_bias, *tensors, *ctx.options)
@@ -141,11 +141,14 @@ def _register(name: str, forward: Callable[..., Results], backward: Callable[...
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
             output = run(*args)
             _save(ctx, args, output)
+            ctx.set_materialize_grads(False)  # nobody may ask for the gradient of the LSE
             return output
 
         @staticmethod
         @once_differentiable
-        def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+            if d_out is None:
+                d_out = torch.zeros_like(ctx.saved_tensors[-2])
             return gradient(ctx, run_backward, d_out, d_lse)
 
     operator = define(f"{name}({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor)", run, _forward_fake)

@@ -39,8 +39,9 @@ def forward(p: Problem, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(p: Problem, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool) -> tuple[Tensor, ...]:
+def backward(p: Problem, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, need_bias: bool) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent), probabilities recomputed."""
+    d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     p.keys, p.values = p.keys.contiguous(), p.values.contiguous()  # every tile reads them again
     finite = lse.masked_fill(torch.isneginf(lse), 0)
     d_q = torch.zeros_like(p.q, memory_format=torch.contiguous_format)

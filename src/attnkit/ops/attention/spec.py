@@ -141,6 +141,7 @@ CASES = (
     Case("window", _dense(333, causal=True, window_size=(64, 0)), QKV),
     Case("two-sided window", _dense(300, 333, window_size=(17, 40)), QKV),
     Case("softcap", _dense(129, causal=True, softcap=2.0), QKV),
+    Case("softcap of 50", _dense(65, causal=True, softcap=50.0), QKV),
     Case("sinks", _dense(129, heads=(4, 2), causal=True, sinks=True), (*QKV, "sinks")),
     Case("sinks, window, softcap", _dense(300, causal=True, sinks=True, window_size=(20, 0), softcap=5.0), (*QKV, "sinks")),
     Case("key bias", _dense(127, 200, heads=(4, 2), batch=2, bias="shared"), (*QKV, "key_bias")),
@@ -211,13 +212,27 @@ def _sparse_outputs(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, **options: A
 
 
 CAPABILITIES = {
-    "cpu": "yes", "cuda": "yes (torch's fused kernels, else tiles of matrix products)", "backward": "yes, LSE included",
-    "packed": "yes", "grouped heads": "any H that is a multiple of Hkv", "compile": "yes, fullgraph",
-    "head width": "16..256, D != Dv", "float64": "CPU and CUDA",
-}  # fmt: skip
+    "cpu": "yes, at the speed of torch's fused kernel; the Triton kernels in the interpreter, float32, when named",
+    "cuda": "yes: Triton kernels from compute capability 8.0; FlashAttention-4 or cuDNN where they are faster",
+    "backward": "yes, LSE included; ours is deterministic",
+    "packed": "yes",
+    "grouped heads": "any H that is a multiple of Hkv",
+    "compile": "yes, fullgraph; CUDA graphs with the Triton kernels, cuDNN and FlashAttention",
+    "head width": "16..256, D != Dv",
+    "decode": "few rows share a tile by group, and keys are split over the device",
+    "float64": "CPU and CUDA, in plain torch",
+}
 REFUSALS = (
     Refusal("head width outside 16..256", "kernels pad to powers of two from 16; pad narrower heads with zeros"),
     Refusal("cu_seqlens of one side only", "boundaries are data and are never guessed"),
+    Refusal(
+        "H that is no multiple of Hkv, tensors of different dtypes or devices", "the message names which and how to fix it"
+    ),
+    Refusal("out_dtype other than the inputs' or float32", "conversions are the caller's"),
+    Refusal("softcap <= 0, windows below -1", "absent options are left out, not set to a value"),
+    Refusal(
+        'backend="triton" on a GPU before compute capability 8.0, or in float64', "no matrix units for it; plain torch serves"
+    ),
     Refusal(f'backend="reference" above {MAX_PAIRS} scores a head', "it writes the whole score matrix down"),
     Refusal("a backward pass of the backward pass", "gradients are first order"),
 )

@@ -26,8 +26,8 @@ def bwd_prep(
 ):  # fmt: skip
     """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
 
-    Rows that saw nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H].
-    Grid: (tiles * H * B,).
+    Rows that saw nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H], `d_lse`
+    may be None. Grid: (tiles * H * B,).
     """
     pid = tl.program_id(0)
     first = pid % num_tiles * BLOCK_M
@@ -40,10 +40,13 @@ def bwd_prep(
     d_out += i_b * stride_gb + head * stride_gh
     b_out = tl.load(out + (row * stride_ot)[:, None] + o_dv[None, :], mask=mask, other=0.0).to(tl.float32)
     b_d_out = tl.load(d_out + (row * stride_gt)[:, None] + o_dv[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
     b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_row, other=0.0)
     p_row = (i_b * heads + head) * num_q + row
-    tl.store(delta + p_row, tl.sum(b_out * b_d_out, 1) - b_d_lse.to(tl.float32), mask=m_row)
+    b_delta = tl.sum(b_out * b_d_out, 1)
+    if d_lse is not None:
+        b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
+        b_delta -= b_d_lse.to(tl.float32)
+    tl.store(delta + p_row, b_delta, mask=m_row)
     tl.store(lse2 + p_row, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_row)
 
 

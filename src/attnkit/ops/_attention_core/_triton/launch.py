@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from attnkit._core.triton.configs import Config
@@ -20,6 +19,15 @@ __all__ = ["Launch", "backward", "backward_keys", "backward_queries", "forward",
 _UNBOUNDED = 1 << 30
 _TINY = 1e-30  # a scale of 0 would turn a masked score, -inf, into NaN
 _PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n (Triton's own function of this kind takes microseconds)."""
+    return 1 << (n - 1).bit_length()
+
+
+def _cdiv(n: int, block: int) -> int:
+    return -(-n // block)
 
 
 @dataclass
@@ -52,7 +60,7 @@ class Launch:
         _, self.num_k, self.kv_heads, self.width_v = self.v.shape
         self.group = self.heads // self.kv_heads
         self.num_seqs = 0 if self.cu_q is None else self.cu_q.shape[0] - 1
-        self.block_d, self.block_dv = (max(16, triton.next_power_of_2(w)) for w in (self.width, self.width_v))
+        self.block_d, self.block_dv = max(16, _power_of_two(self.width)), max(16, _power_of_two(self.width_v))
 
     def config(self, kernel: str) -> Config:
         """Tile sizes of one kernel for this call."""
@@ -97,7 +105,7 @@ class Launch:
 
     def num_tiles(self, rows: int, block: int) -> int:
         """Tiles of a side; packed sequences may leave some of theirs empty, and need one for rows behind the last."""
-        return rows // block + self.num_seqs + 1 if self.cu_q is not None else triton.cdiv(rows, block)
+        return rows // block + self.num_seqs + 1 if self.cu_q is not None else _cdiv(rows, block)
 
 
 def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -105,7 +113,7 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     packs = p.group > 1 and p.num_q <= _PACK_ROWS
     group = p.group if packs else 1
     config = p.config("decode" if p.num_q * group <= 16 else "fwd")
-    block_m = config.block_m if config.block_m >= group else triton.next_power_of_2(group)
+    block_m = config.block_m if config.block_m >= group else _power_of_two(group)
     tiles = p.num_tiles(p.num_q, block_m // group)
     programs = tiles * (p.heads // group) * p.batch
     parts = _parts(programs, p.keys_a_tile(block_m // group), config.block_n, p.q.device)
@@ -141,7 +149,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def backward(
-    p: Launch, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, need_bias: bool
+    p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent or not needed)."""
     d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
@@ -159,13 +167,14 @@ def backward(
     return -d_q if p.flipped else d_q, d_k, d_v, d_sinks, d_key_bias
 
 
-def row_constants(p: Launch, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def row_constants(p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * out) - d_lse: float32 [B, H, T]."""
-    lse2, delta = (p.q.new_empty(p.batch, p.heads, p.num_q, dtype=torch.float32) for _ in range(2))
+    lse2, delta = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
+    d_lse_strides = (0, 0, 0) if d_lse is None else d_lse.stride()
     if lse2.numel():
-        tiles = triton.cdiv(p.num_q, 64)
+        tiles = _cdiv(p.num_q, 64)
         arguments = (
-            out, d_out, lse.contiguous(), d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse.stride(),
+            out, d_out, lse.contiguous(), d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse_strides,
             p.num_q, p.heads, tiles, p.width_v,
         )  # fmt: skip
         launch(kb.bwd_prep, (tiles * p.heads * p.batch,), arguments, {"BLOCK_M": 64, "BLOCK_DV": p.block_dv})
