@@ -1,6 +1,11 @@
 """The Triton kernels in the interpreter: what no conformance case can say. Everywhere else they are judged like any backend."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +114,15 @@ def test_packed_windows_of_any_shape(data: st.DataObject) -> None:
     q, k, v = _qkv(sum(lengths_q) + behind, sum(lengths_k) + behind)
     cu_q, cu_k = (torch.tensor([0, *part], device=DEVICE).cumsum(0).int() for part in (lengths_q, lengths_k))
     _same(ops.attention, q[0], k[0], v[0], cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, window_size=window)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's wheel brings an assembler for this processor only")
+def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "22 variants compiled" in done.stdout

@@ -1,0 +1,58 @@
+"""Compiles every attention kernel for GPUs of compute capability 8.0 and 9.0, without one; prints what it compiled.
+
+The interpreter runs kernels as Python and never asks whether types fit, where a compiler does. Run by test_kernels.py in a
+process of its own, because the interpreter's switch is read when Triton is imported.
+"""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from attnkit.ops._attention_core._triton import backward, forward
+
+# what a pointer of this name points to; "input" stands for the type of q
+POINTERS = {
+    **dict.fromkeys(("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"),
+    **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_lse"), "fp32"),
+    **dict.fromkeys(("cu_q", "cu_k", "q_pos"), "i32"),
+}
+NEEDS = {"sinks": "SINKS", "key_bias": "BIAS", "d_bias": "BIAS"}  # pointers that are absent unless a flag is set
+PLAIN: dict[str, Any] = {
+    "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
+    "SOFTCAP": False, "BIAS": False, "SINKS": False, "SPLIT": False, "EVEN": True, "PRECISION": "ieee",
+}  # fmt: skip
+EVERYTHING = PLAIN | {
+    "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "SINKS": True, "SPLIT": True, "EVEN": False
+}  # fmt: skip
+SMALL = PLAIN | {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_DV": 16}
+VARIANTS = (("bf16", PLAIN), ("fp16", EVERYTHING | {"ROWS": "packed"}), ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}))
+WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
+
+
+def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) -> None:
+    signature, constants = {}, {}
+    for name in kernel.arg_names:
+        absent = name in NEEDS and not flags[NEEDS[name]]
+        absent |= (name in ("cu_q", "cu_k") and flags["ROWS"] != "packed") or (name == "q_pos" and flags["ROWS"] != "positions")
+        if name in flags or absent:
+            signature[name], constants[name] = "constexpr", flags.get(name)
+        elif name in POINTERS:
+            signature[name] = "*" + POINTERS[name].replace("input", dtype)
+        else:
+            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
+if __name__ == "__main__":
+    count = 0
+    for capability in (80, 90):
+        for kernel in WALKS:
+            for dtype, flags in VARIANTS:
+                _compile(kernel, dtype, flags, capability)
+                count += 1
+        for kernel in (forward.combine, backward.bwd_prep):
+            _compile(kernel, "bf16", PLAIN, capability)
+            count += 1
+    print(f"{count} variants compiled")
