@@ -355,3 +355,13 @@ def test_gradients_are_differences(name: str) -> None:
         value().backward()
     slope = sum(float((weight.grad * direction).sum()) for weight, direction in zip(weights, directions, strict=True))
     assert slope == pytest.approx((stepped(1e-6) - stepped(-1e-6)) / 2e-6, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dense", "encoder"])
+def test_compiles_as_one_graph(name: str) -> None:
+    model, ids = build(name).model, tokens(1, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for arguments in ({}, boundaries(4, 5)):
+        found = compiled(ids, **arguments, **({} if name == "encoder" else {"use_cache": False})).last_hidden_state
+        close(found, model(ids, **arguments).last_hidden_state)

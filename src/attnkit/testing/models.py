@@ -78,7 +78,9 @@ def tiny_model(family: str, *, seed: int = 0, **options: Any) -> Any:
     check_choice("family", family, FAMILIES)
     config_class, model_class, special = _MODELS[family]
     config = config_class(**{**_SHAPE, **special, **options}, attn_implementation="sdpa")
-    return randomise(model_class(config).eval(), seed=seed)
+    with torch.random.fork_rng(devices=[]):  # building draws numbers too
+        model = model_class(config)
+    return randomise(model.eval(), seed=seed)
 
 
 def randomise(model: Any, *, seed: int = 0) -> Any:
