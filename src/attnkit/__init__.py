@@ -6,7 +6,7 @@ Importing it loads no torch; the namespaces below load on first use.
 from attnkit._core.lazy import lazy_attributes
 
 __version__ = "0.1.0"
-__all__ = ["errors", "explain", "inference", "kv", "lab", "ops", "__version__"]
+__all__ = ["errors", "explain", "inference", "kv", "lab", "models", "modules", "ops", "__version__"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
@@ -15,6 +15,8 @@ __getattr__, __dir__ = lazy_attributes(
         "inference": "attnkit.inference",
         "kv": "attnkit.kv",
         "lab": "attnkit.lab",
+        "models": "attnkit.models",
+        "modules": "attnkit.modules",
         "ops": "attnkit.ops",
     },
     names={"explain": "attnkit.ops"},

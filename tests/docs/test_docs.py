@@ -34,6 +34,8 @@ NAMESPACES = [
     "lab.compare",
     "lab.numerics.conformance",
     "lab.tune",
+    "models",
+    "modules",
     "ops",
     "report",
     "systems",
@@ -74,7 +76,9 @@ def test_docstrings(name: str) -> None:
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("name", ["start", "attention", "attention-core", "inference", "compare", "conformance", "race"])
+@pytest.mark.parametrize(
+    "name", ["start", "attention", "attention-core", "models", "inference", "compare", "conformance", "race"]
+)
 def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`python` blocks run, `pycon` blocks give what they show; the blocks of a page share their names."""
     if name == "attention-core":
@@ -150,6 +154,16 @@ def test_methods_are_described() -> None:
     assert [name for name in METHODS if f"`{name}`" not in compare] == []
     low, high = (".".join(map(str, bound)) for bound in TESTED_TRANSFORMERS)
     assert f"{low}..{high}" in inference
+
+
+def test_models_are_described() -> None:
+    from attnkit.models import MIXERS, MLPS
+    from attnkit.models.auto import FAMILIES
+
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    own = [name for name in MIXERS if MIXERS[name].build.__module__.startswith(("attnkit", "functools"))]
+    classes = [part.__name__ for family in FAMILIES for part in (family[1], family[3])]
+    assert [name for name in (*own, *MLPS, *classes) if f"`{name}`" not in text] == []
 
 
 def test_races_and_their_peers_are_described() -> None:

@@ -16,6 +16,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "compare": ("attnkit.cli.compare", "Methods x lengths: quality, time and memory on your model and text."),
     "demo": ("attnkit.cli.demo", "The same on a packaged model and text, on the CPU: minutes, no network."),
     "ops": ("attnkit.cli.ops", "List operators, show what they accept, check their numerics here."),
+    "models": ("attnkit.cli.models", "Model presets, their layers and sizes; our decoder against transformers' Llama."),
     "bench": ("attnkit.cli.bench", "Race operators against other implementations on this machine."),
     "tune": ("attnkit.cli.tune", "Measure tile sizes of the kernels on this GPU and keep the best."),
     "systems": ("attnkit.cli.systems", "The thirty-one systems and how far each one is."),

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer  # noqa: 
 __all__ = ["AttnkitCache", "PositionedLayer"]
 
 
-class PositionedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class PositionedLayer(DynamicLayer):
     """Keys and values of one full-attention layer, of which some tokens may have been dropped.
 
     How many tokens were seen and how many are stored are two numbers: positions, masks and generation follow `seen`,

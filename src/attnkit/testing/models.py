@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -21,7 +20,7 @@ from transformers import (
 
 from attnkit._core.checks import check_choice
 
-__all__ = ["FAMILIES", "tiny_model"]
+__all__ = ["FAMILIES", "randomise", "tiny_model"]
 
 # what differs from the common shape; gemma3 has local and global layers, phi3 rotates half of each head
 _MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -79,18 +78,23 @@ def tiny_model(family: str, *, seed: int = 0, **options: Any) -> Any:
     check_choice("family", family, FAMILIES)
     config_class, model_class, special = _MODELS[family]
     config = config_class(**{**_SHAPE, **special, **options}, attn_implementation="sdpa")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # building draws numbers too
+        model = model_class(config)
+    return randomise(model.eval(), seed=seed)
+
+
+def randomise(model: Any, *, seed: int = 0) -> Any:
+    """Give a new model weights that are large enough for attention to be far from uniform, and return it.
+
+    Args:
+        model: whose weights are overwritten (biases and norms: moved away from where they begin).
+        seed: of the weights; torch's global generator is left alone.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = model_class(config).eval()
         for name, weight in model.named_parameters():
-            _randomise(name, weight)
+            if weight.dim() > 1:
+                weight.normal_(std=1.0 if "embed" in name else 1.5 * weight.shape[-1] ** -0.5)
+            else:
+                weight.add_(0.2 * torch.randn_like(weight))
     return model
-
-
-def _randomise(name: str, weight: nn.Parameter) -> None:
-    with torch.no_grad():
-        if weight.dim() > 1:
-            width = weight.shape[-1]
-            weight.normal_(std=1.0 if "embed" in name else 1.5 * width**-0.5)
-        else:
-            weight.add_(0.2 * torch.randn_like(weight))

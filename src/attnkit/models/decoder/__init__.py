@@ -1,0 +1,16 @@
+"""A dense decoder of Llama's shape."""
+
+from attnkit.models.decoder.configuration import AttnkitDecoderConfig
+from attnkit.models.decoder.conversion import from_llama
+from attnkit.models.decoder.modeling import AttnkitDecoderForCausalLM, AttnkitDecoderModel
+from attnkit.models.decoder.parity import Parity, parity, random_llama
+
+__all__ = [
+    "AttnkitDecoderConfig",
+    "AttnkitDecoderForCausalLM",
+    "AttnkitDecoderModel",
+    "Parity",
+    "from_llama",
+    "parity",
+    "random_llama",
+]

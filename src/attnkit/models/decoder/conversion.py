@@ -1,0 +1,72 @@
+"""Weights of transformers' Llama in our decoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from attnkit._core.errors import InputError, UnsupportedError
+from attnkit.models.decoder.configuration import AttnkitDecoderConfig
+from attnkit.models.decoder.modeling import AttnkitDecoderForCausalLM
+
+__all__ = ["from_llama"]
+
+# Llama's name of a part of a weight's key -> ours
+RENAMED = {"self_attn": "mixer", "input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
+# same name and meaning in both configurations
+SAME = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "attention_bias", "mlp_bias", "initializer_range", "tie_word_embeddings",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+
+
+def from_llama(source: Any) -> AttnkitDecoderForCausalLM:
+    """Build our decoder with the weights of a Llama; the two share no memory.
+
+    Args:
+        source: a `LlamaForCausalLM`, or a folder that holds one as config.json and safetensors.
+    Returns:
+        the decoder in the Llama's dtype, on its device, in its mode (training or eval).
+    Raises:
+        InputError: the folder cannot be read; nothing is downloaded, unpickled or executed.
+        UnsupportedError: not a Llama, or one with another activation or rotary embedding than our decoder has.
+    """
+    llama = _load(source) if isinstance(source, str | Path) else source
+    config = _translate(llama)
+    weights = {".".join(RENAMED.get(part, part) for part in key.split(".")): value for key, value in llama.state_dict().items()}
+    with torch.device("meta"):
+        model = AttnkitDecoderForCausalLM(config)
+    model.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
+    model.tie_weights()
+    model.generation_config = llama.generation_config
+    model.train(llama.training)
+    return model
+
+
+def _load(folder: str | Path) -> LlamaForCausalLM:
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise InputError(f"{str(folder)!r} is no folder with a config.json; give a LlamaForCausalLM or where one was saved")
+    try:
+        return LlamaForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # damaged files raise whatever the reader of the day raises
+        raise InputError(
+            f"the Llama in {str(folder)!r} cannot be read: {str(error).strip() or type(error).__name__}"
+        ) from error
+
+
+def _translate(llama: Any) -> AttnkitDecoderConfig:
+    if not isinstance(llama, LlamaForCausalLM) or llama.config.model_type != "llama":
+        raise UnsupportedError(f"{type(llama).__name__} is no LlamaForCausalLM, the one model whose weights are known here")
+    theirs: Any = llama.config
+    if theirs.hidden_act != "silu":
+        raise UnsupportedError(f"hidden_act={theirs.hidden_act!r}; our decoder has 'silu'")
+    return AttnkitDecoderConfig(
+        **{name: getattr(theirs, name) for name in SAME},
+        norm_eps=theirs.rms_norm_eps,
+        rope_parameters=dict(theirs.rope_parameters or {}),
+    )

@@ -1,0 +1,44 @@
+"""The mixers and feed-forward parts that come with attnkit."""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from attnkit.models.registry import MLPS, mixer
+from attnkit.modules import MLP, SoftmaxAttention, SwiGLU
+
+__all__: list[str] = []
+
+
+def _attention(config: Any, layer_idx: int, *, rope: bool, sliding: bool) -> nn.Module:
+    return SoftmaxAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layer_idx=layer_idx,
+        window=config.sliding_window if sliding else None,
+        rope=rope,
+        bias=config.attention_bias,
+    )
+
+
+for _name, _rope, _sliding in (
+    ("attention", True, False),
+    ("attention_nope", False, False),
+    ("sliding_attention", True, True),
+    ("sliding_attention_nope", False, True),
+):
+    mixer(
+        _name,
+        cache_type="sliding_attention" if _sliding else "full_attention",
+        needs_rope=_rope,
+        bidirectional=True,
+        packing=True,
+        padding=True,
+    )(partial(_attention, rope=_rope, sliding=_sliding))
+
+MLPS.register("swiglu", lambda config, _: SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
+MLPS.register("mlp", lambda config, _: MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
+MLPS.register("none", None)

@@ -1,0 +1,102 @@
+"""The softmax attention mixer."""
+
+from torch import Tensor, nn
+
+from attnkit._core.checks import accumulator_dtype
+from attnkit._core.errors import OptionError
+from attnkit.modules.mixing import MixerContext, Shared
+from attnkit.modules.rotary import rotate
+from attnkit.ops.attention.api import attention
+from attnkit.ops.attention.call import MAX_WIDTH, MIN_WIDTH
+
+__all__ = ["SoftmaxAttention"]
+
+_ALONE, _NOTHING = MixerContext(), Shared()
+
+
+class SoftmaxAttention(nn.Module):
+    """Softmax attention with grouped heads: causal or not, windowed or not, padded, packed, cached.
+
+    Args:
+        hidden_size: C.
+        num_heads: H query heads.
+        num_kv_heads: Hkv key heads, a divisor of H; None means H.
+        head_dim: D, 16..256; None means C / H.
+        layer_idx: which layer of the cache is its own.
+        window: keys that a token sees, itself counted; where attention is not causal, as many on the other side. None: all.
+        rope: turn queries and keys by `context.rope`.
+        bias: of all four projections.
+    Raises:
+        OptionError: heads that do not divide, a width outside its range, or a window below 1.
+    Source: Vaswani et al. 2017 (arXiv:1706.03762); grouped heads as in Ainslie et al. 2023 (arXiv:2305.13245).
+
+    >>> import torch
+    >>> from attnkit.modules import SoftmaxAttention
+    >>> SoftmaxAttention(64, 4, num_kv_heads=2, rope=False)(torch.randn(1, 5, 64)).shape
+    torch.Size([1, 5, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        layer_idx: int = 0,
+        window: int | None = None,
+        rope: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise OptionError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+        if head_dim is None:
+            if hidden_size % num_heads:
+                raise OptionError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}; give head_dim")
+            head_dim = hidden_size // num_heads
+        if window is not None and window < 1:
+            raise OptionError(f"window={window} must count at least the token itself; use None for no window")
+        if not MIN_WIDTH <= head_dim <= MAX_WIDTH:
+            raise OptionError(
+                f"head_dim={head_dim} is outside {MIN_WIDTH}..{MAX_WIDTH}, the widths that attention has kernels for"
+            )
+        self.head_dim, self.layer_idx, self.window, self.rope = head_dim, layer_idx, window, rope
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, context: MixerContext = _ALONE, shared: Shared = _NOTHING) -> Tensor:
+        """[B, T, C] -> [B, T, C]; packed sequences come as [1, R, C] with `context.cu_seqlens`.
+
+        Raises:
+            OptionError: the layer rotates and the context has no angles.
+        """
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.rope:
+            if context.rope is None:
+                raise OptionError(
+                    "context.rope is missing; give RotaryEmbedding(head_dim)(positions), or build with rope=False"
+                )
+            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+        if context.cache is not None:  # caches keep [B, Hkv, S, D]
+            k, v = (t.transpose(1, 2) for t in context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
+        out: Tensor = self.o_proj(self._attend(q, k, v, context).flatten(-2))
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: MixerContext) -> Tensor:
+        window = None if self.window is None else (self.window - 1, 0 if context.causal else self.window - 1)
+        if context.cu_seqlens is None:
+            bias = context.key_bias(k.shape[1], accumulator_dtype(q.dtype))
+            out = attention(q, k, v, causal=context.causal, window_size=window, key_bias=bias)
+        else:
+            q, k, v = q[0], k[0], v[0]
+            cu, longest = context.cu_seqlens, context.max_seqlen
+            out = attention(
+                q, k, v, causal=context.causal, window_size=window,
+                cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
+            )  # fmt: skip
+        assert isinstance(out, Tensor)  # return_lse is off
+        return out if context.cu_seqlens is None else out[None]

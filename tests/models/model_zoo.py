@@ -1,0 +1,102 @@
+"""Small models of every kind, and mixers as a third party would add them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnkit.models import (
+    PRESETS,
+    AttnkitDecoderForCausalLM,
+    AttnkitEncoderForMaskedLM,
+    mixer,
+)
+from attnkit.modules import MixerContext, Shared
+from attnkit.testing import randomise
+
+VOCABULARY = 64
+
+
+@mixer("test_average", cache_type="linear_attention")
+class Average(nn.Module):
+    """A running average with a state; it keeps neither to boundaries nor to padding, and does not say that it does."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: MixerContext, shared: Shared) -> Any:
+        state = context.read_state(self.layer_idx)
+        state = torch.zeros_like(x[:, 0]) if state is None else state
+        rows = []
+        for row in x.unbind(1):
+            state = 0.7 * state + 0.3 * row
+            rows.append(state)
+        context.write_state(state, self.layer_idx)
+        return self.out_proj(torch.stack(rows, 1))
+
+
+@mixer("test_producer", cache_type="linear_attention", produces=("memory",))
+class Producer(Average):
+    def forward(self, x: Tensor, context: MixerContext, shared: Shared) -> Any:
+        out = super().forward(x, context, shared)
+        return out, shared._replace(memory=out)
+
+
+@mixer("test_consumer", cache_type=None, consumes=("memory",))
+class Consumer(nn.Module):
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, context: MixerContext, shared: Shared) -> Any:
+        return shared.memory * torch.sigmoid(self.gate_proj(x))
+
+
+DECODERS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "tied": {
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "norm_type": "layernorm",
+        "mlp_types": ["mlp", "none"],
+        "head_dim": 24,
+    },
+    "sliding": {"mixer_types": ["sliding_attention", "attention_nope", "sliding_attention_nope"], "sliding_window": 5},
+    "states": {"mixer_types": ["test_average", "attention"]},
+    "shared": {"mixer_types": ["test_producer", "attention", "test_consumer"]},
+    "no_keys": {"mixer_types": ["test_producer", "test_consumer"]},
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "encoder": {},
+    "sliding_encoder": {"mixer_types": "sliding_attention", "sliding_window": 4, "norm_type": "layernorm"},
+}
+ATTENTION = ("dense", "tied", "sliding")  # padded and packed input works
+
+
+def build(name: str, **options: Any) -> Any:
+    """A random model in eval mode whose attention is far from uniform."""
+    encoder = name in ENCODERS
+    chosen = {**(ENCODERS if encoder else DECODERS)[name], **options}
+    if isinstance(chosen.get("mixer_types"), list):
+        chosen["num_hidden_layers"] = len(chosen["mixer_types"])
+    config = PRESETS["encoder-tiny" if encoder else "decoder-tiny"](**chosen)
+    return randomise((AttnkitEncoderForMaskedLM if encoder else AttnkitDecoderForCausalLM)(config).eval())
+
+
+def tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def boundaries(*lengths: int) -> dict[str, Any]:
+    """The arguments that describe packed sequences."""
+    cu = torch.tensor([0, *lengths]).cumsum(0).int()
+    return {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+
+
+def checkpoint_blocks(model: Any, **options: Any) -> None:
+    """Switch gradient checkpointing on, under the name that this transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
