@@ -59,7 +59,7 @@ format: .venv/.dev  ## rewrite files in the house style
 	$(BIN)/ruff check --fix .
 
 test-floor: .venv/.floor  ## what touches transformers, on the oldest supported version
-	PYTHONPATH=.venv/floor $(BIN)/python -m pytest tests/kv tests/models tests/inference
+	PYTHONPATH=.venv/floor $(BIN)/python -m pytest tests/kv tests/models tests/inference tests/training
 
 test-gpu:  ## conformance and gradients on the GPU, in the interpreter's own environment; hundreds of kernels are compiled
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/lab -m gpu -p no:benchmark $(SPREAD)

@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import re
@@ -176,11 +177,11 @@ def test_text_files_that_cannot_be_used(tmp_path: Path) -> None:
         assets.load_text(str(latin))
     with pytest.raises(InputError, match=r"is empty; give a file with text in it"):
         assets.load_text(str(empty))
-    with pytest.raises(OptionError, match=r"text 'wkii' is not a file; choose wiki, novels, or give the path"):
+    with pytest.raises(OptionError, match=r"text 'wkii' is not a file; choose wiki, novels, pubmed, stdlib, or give the path"):
         assets.load_text("wkii")
     with pytest.raises(OptionError, match=r"text 'pdb' carries no plain text"):
         assets.load_text("pdb")
-    with pytest.raises(OptionError, match=r"asset 'pdb' carries no plain text; choose wiki, novels"):
+    with pytest.raises(OptionError, match=r"asset 'pdb' carries no plain text; choose wiki, novels, pubmed, stdlib"):
         assets.documents("pdb")
 
 
@@ -211,6 +212,42 @@ def test_r_data_of_another_kind_is_refused(cache: Path) -> None:
     carry("novels", string_vector([b"x"], version=2, kind=13))
     with pytest.raises(InputError, match="an R object of type 13, not strings"):
         assets.documents("novels")
+
+
+RECORD = "<PubmedArticle><PMID>{}</PMID><ArticleTitle>{}</ArticleTitle>{}</PubmedArticle>"
+
+
+def test_records_have_title_and_labelled_paragraphs(cache: Path) -> None:
+    abstract = (
+        '<Abstract><AbstractText Label="METHODS">We used\n <i>two</i> kinds.</AbstractText>'
+        "<AbstractText>It worked.</AbstractText></Abstract>"
+    )
+    first = RECORD.format(1, "On H<sub>2</sub>O.", abstract)
+    others = [RECORD.format(2, "A title alone.", ""), RECORD.format(3, "", "")]
+    folder = assets.unpack_folder(ASSETS["pubmed"].packages[0]) / "data"
+    folder.mkdir(parents=True)
+    for name, records in (("pubmed20n0014.xml.gz", [first]), ("pubmed21n1298.xml.gz", others)):
+        (folder / name).write_bytes(gzip.compress(f"<PubmedArticleSet>{''.join(records)}</PubmedArticleSet>".encode()))
+    assert assets.documents("pubmed") == [
+        assets.Document("1", "On H2O.\n\nMETHODS: We used two kinds.\n\nIt worked."),
+        assets.Document("2", "A title alone."),
+    ]
+
+
+def test_identity_of_a_text_follows_its_content(cache: Path, tmp_path: Path) -> None:
+    path = carry("novels", string_vector([b"EMMA"], version=2))
+    before = assets.text_identity("novels")
+    assert before == assets.text_identity("novels")
+    path.write_bytes(path.read_bytes() + b"x")
+    assert assets.text_identity("novels") != before
+    own = tmp_path / "own.txt"
+    own.write_text("a")
+    first = assets.text_identity(str(own))
+    own.write_text("b")
+    assert assets.text_identity(str(own)) != first
+    assert assets.text_identity("stdlib") == assets.text_identity("stdlib")
+    with pytest.raises(OptionError, match="is not a file"):
+        assets.text_identity("wkii")
 
 
 PAGE = "<page><title>{}</title><ns>{}</ns>{}<revision><text>{}</text></revision></page>"

@@ -75,7 +75,14 @@ def test_ops_need_neither_triton_nor_extras() -> None:
 
 def test_every_module_imports_without_the_extras_it_may_lack() -> None:
     """A missing extra is reported when it is used, by a function, not by an import."""
-    needs_transformers = ("attnkit.kv", "attnkit.models", "attnkit.inference", "attnkit.testing", "attnkit.lab.compare")
+    needs_transformers = (
+        "attnkit.kv",
+        "attnkit.models",
+        "attnkit.training",
+        "attnkit.inference",
+        "attnkit.testing",
+        "attnkit.lab.compare",
+    )
     code = (
         "import sys, importlib\n"
         "for name in ('gguf', 'matplotlib', 'transformers'): sys.modules[name] = None\n"

@@ -11,9 +11,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from attnkit import __version__
+from attnkit._core.events import Event
 from attnkit.cli import main
 from attnkit.lab import bench
-from attnkit.lab.events import Event
 from report_examples import race_envelope, skipped_entries
 
 EMPTY: dict[str, Any] = {"skipped": [], "finished": ["a"], "copy_gb_s": 1.0}

@@ -10,10 +10,10 @@ import torch
 from click.testing import CliRunner, Result
 
 from attnkit import report
+from attnkit._core.events import Event
 from attnkit._core.triton.configs import Config
 from attnkit.cli import main
 from attnkit.lab import tune
-from attnkit.lab.events import Event
 from attnkit.lab.tune.search import Dropped, Row
 
 pytest.importorskip("triton")

@@ -39,6 +39,7 @@ NAMESPACES = [
     "ops",
     "report",
     "systems",
+    "training",
 ]
 MODULES = [
     ".".join(("attnkit", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
@@ -77,7 +78,7 @@ def test_docstrings(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["start", "attention", "attention-core", "models", "inference", "compare", "conformance", "race"]
+    "name", ["start", "attention", "attention-core", "models", "inference", "compare", "conformance", "race", "training"]
 )
 def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`python` blocks run, `pycon` blocks give what they show; the blocks of a page share their names."""

@@ -3,10 +3,11 @@
 from attnkit.assets.catalogue import ASSETS, Asset, Package
 from attnkit.assets.fetch import Step, fetch, steps
 from attnkit.assets.locate import FileState, fetch_line, find, installed, unpack_folder, verify
-from attnkit.assets.texts import Document, documents, lm_path, load_text
+from attnkit.assets.texts import TEXTS, Document, documents, lm_path, load_text, text_identity
 
 __all__ = [
     "ASSETS",
+    "TEXTS",
     "Asset",
     "Document",
     "FileState",
@@ -20,6 +21,7 @@ __all__ = [
     "lm_path",
     "load_text",
     "steps",
+    "text_identity",
     "unpack_folder",
     "verify",
 ]

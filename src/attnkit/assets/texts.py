@@ -1,6 +1,9 @@
 """Texts for experiments: documents of assets, or a file of the user's own."""
 
+import hashlib
 import struct
+import sys
+import sysconfig
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +13,10 @@ from pathlib import Path
 from attnkit._core.errors import InputError, OptionError
 from attnkit.assets.catalogue import ASSETS
 from attnkit.assets.locate import find
+from attnkit.assets.records import records
 from attnkit.assets.wiki import articles, strip_markup
 
-__all__ = ["Document", "documents", "lm_path", "load_text"]
+__all__ = ["TEXTS", "Document", "documents", "lm_path", "load_text", "text_identity"]
 
 _RDATA_STRING_VECTOR = 16
 
@@ -38,7 +42,7 @@ def load_text(source: str) -> list[Document]:
     """Documents of a text asset, or the one document in a UTF-8 file.
 
     Args:
-        source: "wiki", "novels", or a path.
+        source: one of TEXTS, or a path.
     Raises:
         OptionError: neither a text asset nor a file.
         InputError: the file is not UTF-8, or it holds no text.
@@ -46,10 +50,7 @@ def load_text(source: str) -> list[Document]:
     """
     if source in _LOADERS:
         return documents(source)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        reason = "carries no plain text" if source in ASSETS else "is not a file"
-        raise OptionError(f"text {source!r} {reason}; choose {', '.join(_LOADERS)}, or give the path of a UTF-8 text file")
+    path = _file(source)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -63,7 +64,8 @@ def documents(key: str) -> list[Document]:
     """All documents of a text asset, longest first.
 
     Args:
-        key: "wiki" (106 articles as plain prose) or "novels" (six novels).
+        key: "wiki" (106 articles as plain prose), "novels" (six novels), "pubmed" (50,734 titles, most with their abstracts) or
+            "stdlib" (the modules of this Python's standard library, as code).
     Raises:
         OptionError: not a text asset.
         MissingAsset: the asset is not installed; the message ends with the fetch line.
@@ -71,6 +73,33 @@ def documents(key: str) -> list[Document]:
     if key not in _LOADERS:
         raise OptionError(f"asset {key!r} carries no plain text; choose {', '.join(_LOADERS)}")
     return list(_read(key))
+
+
+def text_identity(source: str) -> str:
+    """SHA-256 of what a text is read from: it changes when the text does, and is much quicker to have than the text.
+
+    Raises:
+        OptionError, MissingAsset: as `load_text`.
+    """
+    if source == "stdlib":
+        return hashlib.sha256(sys.version.encode()).hexdigest()
+    if source in _LOADERS:
+        paths = [find(source, name) for package in ASSETS[source].packages for name in package.files]
+    else:
+        paths = [_file(source)]
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _file(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.is_file():
+        reason = "carries no plain text" if source in ASSETS else "is not a file"
+        raise OptionError(f"text {source!r} {reason}; choose {', '.join(_LOADERS)}, or give the path of a UTF-8 text file")
+    return path
 
 
 @cache
@@ -90,6 +119,24 @@ def _novels() -> list[Document]:
         text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip())
         novels.append(Document(lines[0].title().replace(" And ", " and "), text))
     return novels
+
+
+def _pubmed() -> list[Document]:
+    files = [find("pubmed", name) for name in ("pubmed20n0014.xml.gz", "pubmed21n1298.xml.gz")]
+    return [Document(number, text) for path in files for number, text in records(path) if text]
+
+
+def _stdlib() -> list[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
+    modules = []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if not left_out & set(name.parts):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if text.strip():
+                modules.append(Document(name.as_posix(), text))
+    return modules
 
 
 def _string_vectors(data: bytes) -> list[list[str]]:
@@ -125,4 +172,10 @@ def _string_vector(raw: bytes) -> list[str]:
     return strings
 
 
-_LOADERS: dict[str, Callable[[], list[Document]]] = {"wiki": _wiki, "novels": _novels}
+_LOADERS: dict[str, Callable[[], list[Document]]] = {
+    "wiki": _wiki,
+    "novels": _novels,
+    "pubmed": _pubmed,
+    "stdlib": _stdlib,
+}
+TEXTS = tuple(_LOADERS)

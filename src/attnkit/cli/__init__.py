@@ -18,6 +18,8 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "ops": ("attnkit.cli.ops", "List operators, show what they accept, check their numerics here."),
     "models": ("attnkit.cli.models", "Model presets, their layers and sizes; our decoder against transformers' Llama."),
     "bench": ("attnkit.cli.bench", "Race operators against other implementations on this machine."),
+    "train": ("attnkit.cli.train", "Train a model on a text or a synthetic task."),
+    "eval": ("attnkit.cli.eval", "Judge a trained model: exact scores of tasks, bits a byte of texts."),
     "tune": ("attnkit.cli.tune", "Measure tile sizes of the kernels on this GPU and keep the best."),
     "systems": ("attnkit.cli.systems", "The thirty-one systems and how far each one is."),
     "assets": ("attnkit.cli.assets", "Models and texts that packages carry: list, fetch, verify."),

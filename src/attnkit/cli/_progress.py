@@ -69,7 +69,8 @@ class Progress:
 
     def _rate(self) -> str:
         elapsed = time.monotonic() - self._started
-        return f"{self.done / elapsed:.3g}/s" if elapsed > 0 else "-"
+        rate = self.done / elapsed if elapsed > 0 else 0.0
+        return f"{rate:,.0f}/s" if rate >= 1000 else f"{rate:.3g}/s" if rate else "-"
 
     def _line(self, note: str) -> None:
         tenths = 10 if self.done >= self.total else 10 * self.done // self.total
@@ -77,8 +78,8 @@ class Progress:
             return
         self._tenths = tenths
         elapsed = time.monotonic() - self._started
-        left = elapsed / self.done * (self.total - self.done)
-        text = f"{self.title}: {10 * tenths} % ({self.done}/{self.total}), {self._rate()}, {duration(left)} left"
+        left = elapsed / max(self.done, 1) * (self.total - self.done)
+        text = f"{self.title}: {10 * tenths} % ({self.done:,}/{self.total:,}), {self._rate()}, {duration(left)} left"
         print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from attnkit._core.errors import InputError, OptionError
 
-__all__ = ["envelope", "plain", "read_envelope", "versions", "write_json", "write_text"]
+__all__ = ["envelope", "plain", "read_envelope", "versions", "write_bytes", "write_json", "write_text"]
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy")
 
@@ -41,11 +41,16 @@ def plain(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it: readers see the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

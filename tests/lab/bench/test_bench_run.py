@@ -13,10 +13,10 @@ from bench_examples import SMALL, peer, race, right
 from torch import Tensor
 
 from attnkit._core.errors import BackendUnavailable, OptionError, ShapeError, UnsupportedError
+from attnkit._core.events import Event
 from attnkit.lab import bench
 from attnkit.lab.bench import Race, machine, runner
 from attnkit.lab.bench.timing import Entrant
-from attnkit.lab.events import Event
 
 ROOT = Path(__file__).parents[3]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from attnkit._core.errors import DeviceUnavailable, DTypeError, OptionError
+from attnkit._core.events import Event
 from attnkit._core.triton import interpreted
 from attnkit._core.triton.configs import Config
 from attnkit.lab import tune
-from attnkit.lab.events import Event
 from attnkit.lab.tune import runner, trial
 from attnkit.lab.tune.search import Timed
 

@@ -10,12 +10,12 @@ import torch
 
 from attnkit import ops, report
 from attnkit._core.errors import BackendUnavailable, OptionError
+from attnkit._core.events import Event, Kind
 from attnkit.lab.bench import machine
 from attnkit.lab.bench.heat import Course
 from attnkit.lab.bench.race import Peer, Race, Shape, contestants
 from attnkit.lab.bench.races import RACES
 from attnkit.lab.bench.results import Results, Rules
-from attnkit.lab.events import Event, Kind
 
 __all__ = ["run"]
 

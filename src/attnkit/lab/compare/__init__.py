@@ -35,7 +35,7 @@ __getattr__, __dir__ = lazy_attributes(
     __name__,
     names={
         "METHODS": "attnkit.lab.compare.methods",
-        "Event": "attnkit.lab.events",
+        "Event": "attnkit._core.events",
         "LoadedModel": "attnkit.lab.compare.loading",
         "Method": "attnkit.lab.compare.methods",
         "run": "attnkit.lab.compare.runner",

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from attnkit import report
+from attnkit._core.events import Event, Kind
 from attnkit.lab.compare import loading, passkey, texts
 from attnkit.lab.compare.methods import Method
 from attnkit.lab.compare.plan import Input, inputs, order
 from attnkit.lab.compare.rows import make_rows
 from attnkit.lab.compare.session import Session, TextInput
 from attnkit.lab.compare.state import State
-from attnkit.lab.events import Event, Kind
 
 __all__ = ["SCHEMA", "Comparison", "Setup"]
 

@@ -8,12 +8,12 @@ import torch
 
 from attnkit import report
 from attnkit._core.errors import OptionError
+from attnkit._core.events import Event
 from attnkit.lab.compare import loading, texts
 from attnkit.lab.compare.comparison import Comparison, Setup
 from attnkit.lab.compare.loading import LoadedModel
 from attnkit.lab.compare.methods import select
 from attnkit.lab.compare.state import State
-from attnkit.lab.events import Event
 
 __all__ = ["run"]
 

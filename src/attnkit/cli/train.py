@@ -1,0 +1,255 @@
+"""`attnkit train`: language models on texts, and models on synthetic tasks."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from attnkit._core.errors import OptionError
+from attnkit._core.events import Event
+from attnkit.cli._common import (
+    device_option,
+    dtype_option,
+    emit,
+    json_option,
+    parse_lengths,
+    parse_names,
+    quiet_option,
+    resolve_device,
+    resolve_dtype,
+    seed_option,
+    verb,
+)
+from attnkit.cli._listener import Listener
+
+__all__ = ["command"]
+
+_HINT = "checkpoints are kept; use a smaller --batch, --context or --dim, or --accumulate"
+
+
+def _parse_tokens(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    units = {"k": 10**3, "m": 10**6, "b": 10**9}
+    digits, unit = (value[:-1], units[value[-1:].lower()]) if value[-1:].lower() in units else (value, 1)
+    try:
+        tokens = float(digits) * unit
+    except ValueError:
+        tokens = 0.0
+    if not 1 <= tokens < 10**15:
+        raise click.BadParameter(f"{value!r} is no number of tokens; write 500k, 20M or 1.5B")
+    return round(tokens)
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def apply(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+_SIZE = click.IntRange(min=1)
+_model_options = _options(
+    click.option("--mixer", default="attention", show_default=True, metavar="NAME", help="What mixes tokens in each block."),
+    click.option("--dim", type=_SIZE, default=128, show_default=True, help="Width of the model."),
+    click.option("--layers", type=_SIZE, default=2, show_default=True, help="Blocks."),
+    click.option("--heads", type=_SIZE, default=2, show_default=True, help="Attention heads."),
+)
+_recipe_options = _options(
+    click.option(
+        "--tokens", default="1M", callback=_parse_tokens, show_default=True, metavar="N", help="To train on: 500k, 20M, 1.5B."
+    ),
+    click.option("--accumulate", type=_SIZE, default=1, show_default=True, help="Batches a step, one after the other."),
+    click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True, help="Learning rate."),
+    click.option("--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of AdamW."),
+    click.option("--save-every", type=click.IntRange(min=0), default=0, help="Steps between checkpoints.  [default: a tenth]"),
+    click.option(
+        "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR", help="Folder of the run."
+    ),
+    click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in --out."),
+)
+_shared_options = _options(device_option, dtype_option, seed_option, json_option, quiet_option)
+
+
+@verb(
+    "lm",
+    examples=(
+        "attnkit train lm --text novels --tokenizer bytes --tokens 10M --dim 192 --layers 4 --heads 4 --out runs/novels",
+        "attnkit train lm --text book.txt --tokenizer smollm2 --tokens 5M --out runs/book --resume",
+    ),
+    python="from attnkit import training\nresult = training.train(model, data, training.Recipe(steps=1000), out)",
+    memory_hint=_HINT,
+)
+@click.option("--text", required=True, metavar="ASSET|FILE", help="novels, wiki, pubmed, stdlib, or a UTF-8 file.")
+@click.option("--tokenizer", default="bytes", show_default=True, metavar="NAME", help="bytes or smollm2.")
+@click.option("--context", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens of the longest sequence.")
+@click.option("--batch", type=_SIZE, default=16, show_default=True, help="Contexts a row: a batch has batch x context tokens.")
+@_model_options
+@_recipe_options
+@_shared_options
+def _lm(text: str, tokenizer: str, context: int, batch: int, seed: int, quiet: bool, as_json: bool, **rest: Any) -> None:
+    """Train a language model on a text, packed into rows of batch x context tokens with exact document borders.
+
+    The text is split by document; the validation side is never trained on. Writes log.jsonl, checkpoints, train.json,
+    index.html, the loss curve and the model into --out. Ctrl-C saves a checkpoint.
+
+    Exit codes: 3 text or package not installed; 4 bad input; 5 no such device or out of memory; 130 interrupted.
+    """
+    from attnkit import training
+
+    def make(rows: int, listener: Listener) -> Any:
+        return training.load_text_data(
+            text,
+            training.load_tokenizer(tokenizer),
+            row_tokens=batch * context,
+            max_length=context,
+            rows=rows,
+            seed=seed,
+            on_phase=lambda phase: listener.hear(Event("phase", phase, 0, 0)),
+        )
+
+    _run(make, row_tokens=batch * context, positions=context, seed=seed, quiet=quiet, as_json=as_json, **rest)
+
+
+@verb(
+    "task",
+    examples=(
+        "attnkit train task mqar --lengths 64,128,256 --tokens 10M --dim 64 --heads 1 --out runs/mqar",
+        "attnkit train task permutations --lengths 32 --tokens 20M --layers 4 --out runs/words",
+    ),
+    python=(
+        "from attnkit import training\n"
+        "task = training.TASKS['mqar']()\n"
+        "data = training.TaskData.make(task, [64], row_tokens=4096, rows=1000, seed=0, validation_rows=4)\n"
+        "result = training.train(model, data, training.Recipe(steps=1000), out)"
+    ),
+    memory_hint=_HINT,
+)
+@click.argument("name")
+@click.option(
+    "--lengths", default="64", show_default=True, callback=parse_lengths, metavar="N,..", help="Tokens of an example."
+)
+@click.option("--set", "settings", callback=parse_names, metavar="A=N,..", help="Fields of the task, e.g. alphabet=256.")
+@click.option("--batch-tokens", type=_SIZE, default=4096, show_default=True, help="Tokens of a batch.")
+@_model_options
+@_recipe_options
+@_shared_options
+def _task(
+    name: str,
+    lengths: tuple[int, ...],
+    settings: tuple[str, ...] | None,
+    batch_tokens: int,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+    **rest: Any,
+) -> None:
+    """Train a model on the synthetic task NAME: mqar, needle, needle-multikey, variables, copy or permutations.
+
+    Every batch has examples of one of --lengths. Writes the same files as `attnkit train lm`, with exact scores.
+
+    Exit codes: 3 a package is not installed; 4 bad input; 5 no such device or out of memory; 130 interrupted.
+    """
+    from attnkit import training
+
+    task = make_task(name, settings)
+
+    def make(rows: int, listener: Listener) -> Any:
+        return training.TaskData.make(
+            task, lengths, row_tokens=batch_tokens, rows=rows, seed=seed, validation_rows=_VALIDATION_BATCHES
+        )
+
+    _run(make, row_tokens=batch_tokens, positions=max(lengths), seed=seed, quiet=quiet, as_json=as_json, **rest)
+
+
+_VALIDATION_BATCHES = 4  # of every length
+
+
+def make_task(name: str, settings: tuple[str, ...] | None) -> Any:
+    """A registered task with the fields that `--set` gives.
+
+    Raises:
+        OptionError: an unknown task or field, or a value that is no positive integer.
+    """
+    import dataclasses
+
+    from attnkit.training import TASKS
+
+    kind: Any = TASKS[name]
+    known = [field.name for field in dataclasses.fields(kind)]
+    chosen: dict[str, int] = {}
+    for item in settings or ():
+        field, _, value = item.partition("=")
+        if field not in known or not value.isdigit() or int(value) < 1:
+            raise OptionError(f"--set {item}: write FIELD=N; {name} has {', '.join(known)}")
+        chosen[field] = int(value)
+    return kind(**chosen)
+
+
+def _run(
+    make: Callable[[int, Listener], Any],
+    *,
+    row_tokens: int,
+    positions: int,
+    tokens: int,
+    mixer: str,
+    dim: int,
+    layers: int,
+    heads: int,
+    accumulate: int,
+    lr: float,
+    weight_decay: float,
+    save_every: int,
+    out: Path,
+    resume: bool,
+    device: str,
+    dtype: str,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    place = resolve_device(device)
+    if place.index:
+        raise OptionError(f"--device {device}: the trainer takes the first visible GPU; set CUDA_VISIBLE_DEVICES={place.index}")
+    precision = "bf16" if resolve_dtype(dtype, place).itemsize == 2 else "fp32"
+    if dtype == "fp16":
+        raise OptionError("--dtype fp16 is not trained in; use bf16 or fp32")
+    from attnkit import training
+
+    world, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"  # set by torchrun
+    steps = max(1, round(tokens / (row_tokens * accumulate * world)))
+    every = max(1, min(10, steps // 20))
+    part = max(every, -(-(save_every or steps // 10) // every) * every)
+    recipe = training.Recipe(
+        steps=steps, learning_rate=lr, weight_decay=weight_decay, accumulate=accumulate, precision=precision, seed=seed,
+        log_every=every, save_every=part, validate_every=part,
+    )  # fmt: skip
+    with Listener("training, tokens", out, silent=quiet or as_json or not first, unit="tokens").listening() as listener:
+        data = make(steps * accumulate * world, listener)
+        model = training.new_model(
+            vocab_size=data.vocab_size, dim=dim, layers=layers, heads=heads, positions=positions, mixer=mixer, seed=seed
+        )
+        document = training.train(
+            model, data, recipe, out, resume=resume, device=place.type, on_event=listener.hear,
+            command=shlex.join(["attnkit", *sys.argv[1:]]),
+        )  # fmt: skip
+    if first:
+        emit(document, as_json, *_tables(document), f"page: {out / 'index.html'}   model: {out / 'model'}")
+
+
+def _tables(document: dict[str, Any]) -> list[Any]:
+    from attnkit.report import SECTIONS, Table, table
+
+    section = SECTIONS[document["schema"]].draw(document)
+    shown: list[Any] = [*section.lead, ""]
+    for block in section.blocks:
+        if isinstance(block, Table):
+            shown += [table(block.headers, block.rows, title=block.title), ""]
+    return shown
+
+
+command = click.Group("train", commands=[_lm, _task], help="Train a model on a text or a synthetic task.")
