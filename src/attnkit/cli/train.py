@@ -215,9 +215,10 @@ def _run(
     place = resolve_device(device)
     if place.index:
         raise OptionError(f"--device {device}: the trainer takes the first visible GPU; set CUDA_VISIBLE_DEVICES={place.index}")
-    precision = "bf16" if resolve_dtype(dtype, place).itemsize == 2 else "fp32"
-    if dtype == "fp16":
-        raise OptionError("--dtype fp16 is not trained in; use bf16 or fp32")
+    number_format = str(resolve_dtype(dtype, place)).removeprefix("torch.")
+    if number_format == "float16":
+        raise OptionError(f"--dtype {dtype} is fp16 here, which is not trained in; use fp32, or bf16 where the GPU has it")
+    precision = "bf16" if number_format == "bfloat16" else "fp32"
     from attnkit import training
 
     world, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"  # set by torchrun
