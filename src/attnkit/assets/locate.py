@@ -1,12 +1,12 @@
 """Finding asset files where package managers put them, without importing the packages that carry them."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 
 from attnkit._core.errors import MissingAsset, OptionError
+from attnkit._core.files import sha256
 from attnkit._core.settings import settings
 from attnkit.assets.catalogue import ASSETS, Asset, Package
 
@@ -79,7 +79,7 @@ def verify(asset: Asset) -> list[FileState]:
     for package in asset.packages:
         for name, digest in package.files.items():
             path = _locate(package, name)
-            state = "missing" if path is None else "ok" if _sha256(path) == digest else "differs"
+            state = "missing" if path is None else "ok" if sha256(path) == digest else "differs"
             states.append(FileState(asset.key, package.name, name, path, state))
     return states
 
@@ -92,8 +92,3 @@ def _locate(package: Package, name: str) -> Path | None:
     elif package.manager == "apt":
         candidates.append(Path("/") / name)
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

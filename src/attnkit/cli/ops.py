@@ -107,6 +107,7 @@ def _check(names: tuple[str, ...], device: str, dtype: str, level: str, as_json:
     """
     import torch
 
+    from attnkit._core.devices import device_name
     from attnkit.lab.numerics import conformance
     from attnkit.report import envelope
 
@@ -122,7 +123,7 @@ def _check(names: tuple[str, ...], device: str, dtype: str, level: str, as_json:
         rows,
         command=shlex.join(["attnkit", *sys.argv[1:]]),
         seed=None,
-        device=_describe(where),
+        device=device_name(where),
         dtype=", ".join(_dtypes(dtypes)),
         wall_s=time.monotonic() - started,
         extra={"level": level},
@@ -191,12 +192,6 @@ def _backends(spec: "OpSpec") -> list[str]:
 
 def _dtypes(dtypes: "Iterable[torch.dtype]") -> list[str]:
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
-
-
-def _describe(device: "torch.device") -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 command = click.Group("ops", commands=[_list, _show, _check], help="Operators: what they accept, and how exact they are here.")

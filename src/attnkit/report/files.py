@@ -4,13 +4,13 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnkit._core.errors import InputError, OptionError
+from attnkit._core.files import write_bytes, write_text
 
 __all__ = ["envelope", "plain", "read_envelope", "versions", "write_bytes", "write_json", "write_text"]
 
@@ -38,22 +38,6 @@ def plain(value: Any) -> Any:
     if hasattr(value, "item"):
         return plain(value.item())
     raise OptionError(f"a result holds {type(value).__name__} {value!r}, which has no JSON form; convert it first")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it: readers see the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, obj: object) -> None:

@@ -1,12 +1,12 @@
 """Checkpoints that are whole: the Trainer writes a folder, a manifest written last says that it is complete."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
 
 from attnkit import report
 from attnkit._core.errors import InputError
+from attnkit._core.files import sha256
 
 __all__ = ["MANIFEST", "check", "last_complete", "seal"]
 
@@ -17,7 +17,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def seal(folder: Path) -> None:
     """Write the manifest of a finished checkpoint: size and SHA-256 of every file."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
-    report.write_json(folder / MANIFEST, {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files})
+    report.write_json(folder / MANIFEST, {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files})
 
 
 def last_complete(out: Path) -> Path | None:
@@ -50,10 +50,5 @@ def check(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise InputError(f"checkpoint {folder.name} lacks {name}; {advice}")
-        if path.stat().st_size != size or _sha256(path) != digest:
+        if path.stat().st_size != size or sha256(path) != digest:
             raise InputError(f"checkpoint {folder.name}: {name} is not what was saved; {advice}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

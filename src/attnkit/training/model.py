@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import torch
 
 from attnkit._core.errors import InputError, OptionError
+from attnkit._core.files import new_folder
 
 __all__ = ["load_model", "new_model", "quiet_transformers", "save_model"]
 
@@ -73,15 +71,9 @@ def new_model(
 
 def save_model(model: Any, folder: Path, facts: dict[str, Any]) -> None:
     """Write a model with what it was trained on; the folder appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         (temporary / DATA_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_model(folder: Path) -> tuple[Any, dict[str, Any]]:

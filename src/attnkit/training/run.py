@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from attnkit import report
+from attnkit._core.devices import device_name
 from attnkit._core.errors import InputError
 from attnkit._core.events import Event
 from attnkit.report.train_plots import save_curves
@@ -76,7 +77,7 @@ def train(
         callback.journal.lines,
         command=command,
         seed=recipe.seed,
-        device=_device_name(trainer.args.device),
+        device=device_name(trainer.args.device),
         dtype=recipe.precision,
         wall_s=time.monotonic() - started,
         extra=facts | {"speed": callback.meters.total(), "devices": trainer.args.world_size},
@@ -129,10 +130,6 @@ def _model_facts(model: Any) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **{name: getattr(config, name) for name in kept if hasattr(config, name)},
     }
-
-
-def _device_name(device: Any) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
 
 
 def _write(out: Path, document: dict[str, Any]) -> None:

@@ -4,14 +4,15 @@ The choice never changes what is computed beyond the order of sums, and nothing 
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from attnkit._core.devices import device_name
 from attnkit._core.errors import InputError
+from attnkit._core.files import write_text
 from attnkit._core.settings import settings
 
 __all__ = ["Config", "ConfigTable", "Key"]
@@ -78,7 +79,7 @@ class ConfigTable:
 
     def path(self, device: torch.device) -> Path:
         """Where the user's tuned table lives."""
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = device_name(device)
         return settings().cache_path() / "tuned" / f"{self.operator}-{name.replace(' ', '-').replace('/', '-')}.json"
 
     def store(self, tuned: Mapping[Key, Config], device: torch.device) -> Path:
@@ -90,13 +91,7 @@ class ConfigTable:
         path = self.path(device)
         merged = {**_read(path), **tuned} if path.exists() else dict(tuned)
         rows = [{"kernel": kernel, "bits": bits, "width": width, **asdict(c)} for (kernel, bits, width), c in merged.items()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(json.dumps({"schema": _SCHEMA, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, json.dumps({"schema": _SCHEMA, "rows": rows}, indent=1) + "\n")
         self._tables.clear()  # all of them: another GPU of this name reads the same file
         return path
 

@@ -16,16 +16,11 @@ import torch
 import attnkit
 from attnkit.lab.bench.timing import elapsed
 
-__all__ = ["cache_bytes", "cold_kernels", "commit", "copy_gb_s", "device_name", "package_version"]
+__all__ = ["cache_bytes", "cold_kernels", "commit", "copy_gb_s", "package_version"]
 
 _CACHE = "TRITON_CACHE_DIR"
 _COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes; many times the last-level cache on a GPU, twice it on common CPUs
 _CPU_CACHE = 2**25
-
-
-def device_name(device: torch.device) -> str:
-    """The device in words."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from attnkit import ops, report
+from attnkit._core.devices import device_name
 from attnkit._core.errors import BackendUnavailable, OptionError
 from attnkit._core.events import Event, Kind
 from attnkit.lab.bench import machine
@@ -87,7 +88,7 @@ def run(
             peers=[peer.name for peer in chosen],
             rounds=rounds,
             seed=seed,
-            device=machine.device_name(place),
+            device=device_name(place),
             dtype=str(number).removeprefix("torch."),
             threads=torch.get_num_threads(),
             commit=machine.commit(),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from attnkit import report
+from attnkit._core.devices import device_name
 from attnkit._core.events import Event, Kind
 from attnkit.lab.compare import loading, passkey, texts
 from attnkit.lab.compare.methods import Method
@@ -56,7 +57,7 @@ class Setup:
     @property
     def device_name(self) -> str:
         """The device in words."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        return device_name(self.device)
 
     @property
     def dtype_name(self) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from attnkit import report
+from attnkit._core.devices import device_name
 from attnkit._core.errors import DeviceUnavailable, DTypeError, OptionError
 from attnkit._core.events import Event, Kind
 from attnkit._core.triton import interpreted
-from attnkit.lab.bench.machine import device_name
 from attnkit.lab.tune.pool import Pool
 from attnkit.lab.tune.search import Dropped, Row, choose, faithful, race
 from attnkit.lab.tune.trial import Problem, Trial, attempt, dtype_name, probe

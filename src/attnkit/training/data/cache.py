@@ -3,9 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from attnkit import assets
+from attnkit._core.files import new_folder
 from attnkit._core.settings import settings
 from attnkit.training.tokenizers import TextTokenizer
 
@@ -80,20 +78,15 @@ def _write(folder: Path, texts: Sequence[str], tokenizer: TextTokenizer) -> None
     parts = [ids for chunk in _chunks(texts) for ids in tokenizer.documents(chunk)]
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        np.save(temporary / "tokens.npy", np.concatenate(parts).astype(dtype))
-        np.save(temporary / "offsets.npy", np.cumsum([0, *(len(ids) for ids in parts)], dtype=np.int64))
-        np.save(temporary / "bytes.npy", np.array([len(text.encode()) for text in texts], np.int64))
-        (temporary / "digests.json").write_text(json.dumps(digests), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)  # a folder that could not be read
-        os.rename(temporary, folder)
+        with new_folder(folder) as temporary:  # in place of one that could not be read
+            np.save(temporary / "tokens.npy", np.concatenate(parts).astype(dtype))
+            np.save(temporary / "offsets.npy", np.cumsum([0, *(len(ids) for ids in parts)], dtype=np.int64))
+            np.save(temporary / "bytes.npy", np.array([len(text.encode()) for text in texts], np.int64))
+            (temporary / "digests.json").write_text(json.dumps(digests), encoding="utf-8")
     except OSError:
         if _read(folder) is None:  # otherwise another process was quicker, with the same tokens
             raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]] | None:
