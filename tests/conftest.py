@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from attnkit._core import devices
+
 try:
     import pytest_socket
 except ModuleNotFoundError:  # a machine without a network lacks the plugin, and needs it least
@@ -33,6 +35,7 @@ def _isolated() -> Iterator[None]:
     if pytest_socket is not None:
         pytest_socket.disable_socket(allow_unix_socket=True)
     torch.manual_seed(0)
+    devices._capabilities.clear()  # what a test said the GPU can do
     yield
     if pytest_socket is not None:
         pytest_socket.enable_socket()

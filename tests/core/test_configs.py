@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from attnkit import errors
+from attnkit._core import devices
 from attnkit._core.triton.configs import Config, ConfigTable
 
 GPU, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -32,6 +33,7 @@ def test_tuned_comes_before_the_architecture_and_that_before_the_default(
     assert [table.pick(*key, GPU) for key in KEYS] == [TUNED, DEFAULT, TUNED]
     assert table.pick(*KEYS[0], torch.device("cpu")) == DEFAULT
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    devices._capabilities.clear()
     again = ConfigTable("toy", dict.fromkeys(KEYS, DEFAULT), {(9, 0): {KEYS[1]: HOPPER}})
     assert [again.pick(*key, GPU) for key in KEYS] == [TUNED, DEFAULT, TUNED]
     assert again.keys() == tuple(KEYS)

@@ -7,6 +7,9 @@ from pathlib import Path
 __all__ = ["Settings", "settings"]
 
 
+_NOTHING: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True)
 class Settings:
     """A snapshot of the environment.
@@ -17,22 +20,19 @@ class Settings:
     """
 
     disable: frozenset[str]
-    cache_dir: Path | None
+    cache_dir: str | None
 
     def cache_path(self) -> Path:
         """The folder for files that can be fetched or computed again."""
         if self.cache_dir is not None:
-            return self.cache_dir
+            return Path(self.cache_dir).expanduser()
         import platformdirs
 
         return Path(platformdirs.user_cache_dir("attnkit"))
 
 
 def settings() -> Settings:
-    """Read the environment now."""
-    names = os.environ.get("ATTNKIT_DISABLE", "").split(",")
-    folder = os.environ.get("ATTNKIT_CACHE_DIR")
-    return Settings(
-        disable=frozenset(name.strip() for name in names if name.strip()),
-        cache_dir=Path(folder).expanduser() if folder else None,
-    )
+    """Read the environment now; every choice of a backend does, so it must be cheap."""
+    names = os.environ.get("ATTNKIT_DISABLE")
+    disable = frozenset(name.strip() for name in names.split(",") if name.strip()) if names else _NOTHING
+    return Settings(disable, os.environ.get("ATTNKIT_CACHE_DIR") or None)

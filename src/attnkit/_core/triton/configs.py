@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from attnkit._core.devices import device_name
+from attnkit._core.devices import capability, device_name
 from attnkit._core.errors import InputError
 from attnkit._core.files import write_text
 from attnkit._core.settings import settings
@@ -98,7 +98,7 @@ class ConfigTable:
     def _load(self, device: torch.device) -> Mapping[Key, Config]:
         table = dict(self._default)
         if device.type == "cuda":
-            table.update(self._by_architecture.get(torch.cuda.get_device_capability(device), {}))
+            table.update(self._by_architecture.get(capability(device), {}))
             path = self.path(device)
             if path.exists():
                 table |= _read(path)

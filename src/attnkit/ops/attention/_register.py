@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnkit._core.checks import accumulator_dtype
+from attnkit._core.devices import current
 from attnkit._core.library import define, define_gradient
 from attnkit.ops._attention_core.plan import Plan
 from attnkit.ops.attention import blockwise
@@ -53,14 +54,14 @@ def _blockwise_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
 def _triton_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Results:
     from attnkit.ops._attention_core._triton import launch  # Triton loads when a kernel runs
 
-    with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device, wherever tensors are
+    with current(inputs[0].device):  # Triton launches on the current device, wherever tensors are
         return launch.forward(launch.Launch(*inputs), out_dtype)
 
 
 def _triton_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
     from attnkit.ops._attention_core._triton import launch
 
-    with torch.cuda.device_of(inputs[0]):
+    with current(inputs[0].device):
         return launch.backward(launch.Launch(*inputs), *results)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attnkit._core.devices import capability
 from attnkit._core.dispatch import Backend, only_when_named
 from attnkit._core.triton import HAS_TRITON, interpreted
 from attnkit.ops.attention import flash4
@@ -64,7 +65,7 @@ def _fused_refuses(call: AttentionCall) -> list[str]:
 
 
 def _old_gpu(call: AttentionCall) -> list[str]:
-    old = torch.cuda.get_device_capability(call.q.device) < (8, 0)
+    old = capability(call.q.device) < (8, 0)
     return ["a GPU older than compute capability 8.0"] if old else []
 
 
@@ -103,7 +104,7 @@ def _flash_avoids(call: AttentionCall) -> list[str]:
         return []
     if _triton_refuses(call):
         return []
-    if torch.cuda.get_device_capability(call.q.device) >= (9, 0):
+    if capability(call.q.device) >= (9, 0):
         return ["the Triton kernels are faster on this GPU"]
     return _few_rows(call)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit._core.devices import capability, current
 from attnkit.ops.attention.call import AttentionCall
 
 __all__ = ["refuses", "run"]
@@ -46,7 +47,7 @@ def refuses(call: AttentionCall) -> list[str]:
     reasons = _widths(q.shape[-1], v.shape[-1], call.needs_grad, grouped=q.shape[-2] != k.shape[-2])
     if q.device.type != "cuda":
         reasons.append(f"device {q.device.type}")
-    elif (arch := torch.cuda.get_device_capability(q.device))[0] != 9:
+    elif (arch := capability(q.device))[0] != 9:
         reasons.append(f"compute capability {arch[0]}.{arch[1]} (other kernels with other limits than 9.0's, not checked)")
     if q.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"{q.dtype} (it takes 16 bits)")
@@ -56,9 +57,10 @@ def refuses(call: AttentionCall) -> list[str]:
         reasons.append(f"more than {MAX_GRID} sequences in a batch")
     if any(t.numel() >= 2**31 for t in (q, k, v)):
         reasons.append("a tensor of 2^31 elements or more (its offsets are not checked there)")
-    if any(stride == 0 and size > 1 for t in (q, k, v) for stride, size in zip(t.stride(), t.shape, strict=True)):
+    if any(0 in t.stride() and _expanded(t) for t in (q, k, v)):
         reasons.append("expanded inputs")
-    if any(cu is not None and (cu.device != q.device or cu.stride(0) != 1) for cu in (call.cu_seqlens_q, call.cu_seqlens_k)):
+    boundaries = [cu for cu in (call.cu_seqlens_q, call.cu_seqlens_k) if cu is not None]
+    if any(cu.device != q.device or cu.stride(0) != 1 for cu in boundaries):
         reasons.append("cu_seqlens on another device, or strided")
     if not call.scale > 0:
         reasons.append("a scale that is not positive (its running maximum is of unscaled scores)")
@@ -91,6 +93,10 @@ def _widths(width: int, width_v: int, needs_grad: bool, grouped: bool) -> list[s
     return reasons
 
 
+def _expanded(tensor: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 @functools.cache
 def _load() -> Any:
     # its compiler warns of one argument of its own at every kernel, the backward's in another thread
@@ -105,7 +111,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     left = call.left if 0 <= call.left < k.shape[-3] - 1 else None
     right = call.right if 0 <= call.right < q.shape[-3] - 1 else None
     options = {"softmax_scale": call.scale, "window_size": (left, right), "return_lse": call.return_lse}
-    with torch.cuda.device(q.device):
+    with current(q.device):
         if call.cu_seqlens_q is None:
             out, lse = _load().flash_attn_func(q, k, v, **options)
         else:
