@@ -40,7 +40,8 @@ def new_model(
 
     Args:
         vocab_size: number of tokens.
-        dim: width; a multiple of `heads`. The feed-forward part is 8/3 as wide, rounded up to a multiple of 16.
+        dim: width; a multiple of `heads`. The feed-forward part is 8/3 as wide, rounded up to a multiple of 16, and from
+            dim = 512 on of 128, the tiles that GPUs multiply in.
         layers: number of blocks.
         heads: of attention.
         positions: tokens of the longest sequence.
@@ -54,10 +55,11 @@ def new_model(
     MIXERS[mixer]  # names the ones there are
     if dim % heads:
         raise OptionError(f"dim={dim} is no multiple of heads={heads}; choose sizes that divide")
+    multiple = 16 if dim < 512 else 128
     config = AttnkitDecoderConfig(
         vocab_size=vocab_size,
         hidden_size=dim,
-        intermediate_size=-(-8 * dim // 48) * 16,
+        intermediate_size=-(-8 * dim // (3 * multiple)) * multiple,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=positions,
