@@ -76,7 +76,7 @@ def _lap(side: str, setup: Setup, skipped: int) -> Lap:
     except AttnkitError:
         raise  # foreseen: the call is wrong
     except Exception as error:  # peers raise what they like
-        raise Out(side, reason(error)) from None  # the traceback would keep the run's memory
+        raise Out(side, reason(error)) from error
 
 
 def _apart(losses: Sequence[float], others: Sequence[float]) -> tuple[float, int]:
