@@ -86,10 +86,11 @@ def test_compiles_without_a_break() -> None:
             torch.autograd.grad(ours[0].sum(), q)
 
 
-def test_recompiles_at_most_twice_over_lengths() -> None:
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_recompiles_at_most_twice_over_lengths(return_lse: bool) -> None:
     counter = torch._dynamo.testing.CompileCounter()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: ops.attention(*a, causal=True, return_lse=True)[0], fullgraph=True, backend=counter)
+    compiled = torch.compile(lambda *a: ops.attention(*a, causal=True, return_lse=return_lse), fullgraph=True, backend=counter)
     for rows in range(20, 60, 2):
         compiled(*_qkv(rows))
     assert counter.frame_count <= 2

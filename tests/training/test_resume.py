@@ -20,6 +20,7 @@ from attnkit.training.checkpoints import MANIFEST, last_complete, seal
 from attnkit.training.journal import Journal
 
 HERE = Path(__file__).parent
+PATIENCE = 200  # seconds; a run that compiles takes a minute
 LOSSES = ("step", "tokens", "loss", "learning_rate", "grad_norm", "validation_loss")
 
 
@@ -32,7 +33,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def finish(*arguments: object) -> None:
     with start(*arguments) as process:
-        output, _ = process.communicate(timeout=80)
+        output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
 
 
@@ -41,11 +42,20 @@ def losses(out: Path) -> list[dict[str, Any]]:
     return [{name: line[name] for name in LOSSES if name in line} for line in lines]
 
 
-def test_killed_and_resumed_equals_never_interrupted(text: Path, tmp_path: Path) -> None:
+GPU = ("--device", "cuda", "--precision", "bf16")
+PLACES = [
+    pytest.param((), id="cpu"),
+    pytest.param(GPU, id="gpu", marks=pytest.mark.gpu),
+    pytest.param((*GPU, "--compile"), id="gpu-compiled", marks=pytest.mark.gpu),
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_and_resumed_equals_never_interrupted(text: Path, tmp_path: Path, place: tuple[str, ...]) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(text, whole, 24)
-    with start(text, broken, 24, "--stop-at", 14) as process:
-        deadline = time.monotonic() + 60
+    finish(text, whole, 24, *place)
+    with start(text, broken, 24, "--stop-at", 14, *place) as process:
+        deadline = time.monotonic() + PATIENCE
         while not (broken / "waiting").is_file():
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
@@ -54,23 +64,40 @@ def test_killed_and_resumed_equals_never_interrupted(text: Path, tmp_path: Path)
         assert process.wait(10) == -signal.SIGKILL
     assert last_complete(broken) == broken / "checkpoint-12"
     assert losses(broken) == losses(whole)[:7]
-    finish(text, broken, 24, "--resume")
+    finish(text, broken, 24, "--resume", *place)
     assert losses(broken) == losses(whole)
     assert len(losses(whole)) == 12
     first, second = (training.load_model(out)[0].state_dict() for out in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_two_processes_equal_one_that_accumulates(text: Path, tmp_path: Path) -> None:
-    """torchrun with two CPU ranks: rows are dealt in order, and the loss is a mean over the targets of both."""
-    finish(text, tmp_path / "one", 6, "--accumulate", 2)
-    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29_000 + os.getpid() % 900)]
+def torchrun(*arguments: object) -> None:
+    """Two processes of a run."""
+    port = str(29_000 + os.getpid() % 900)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
     pair = subprocess.run(
-        [sys.executable, *arguments, str(HERE / "trained_run.py"), str(text), str(tmp_path / "two"), "6", "--world", "2"],
-        env=environment, capture_output=True, text=True, check=False, timeout=100,
+        [*command, str(HERE / "trained_run.py"), *map(str, arguments), "--world", "2"],
+        env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE,
     )  # fmt: skip
     assert pair.returncode == 0, pair.stderr
+
+
+TWO_GPUS = (pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))
+PAIRS = [
+    pytest.param((), (), id="cpu"),
+    pytest.param(("--device", "cuda"), (), id="gpus", marks=TWO_GPUS),
+    pytest.param(("--device", "cuda"), ("--fsdp",), id="gpus-sharded", marks=TWO_GPUS),
+]
+
+
+@pytest.mark.parametrize(("place", "how"), PAIRS)
+def test_two_processes_equal_one_that_accumulates(
+    text: Path, tmp_path: Path, place: tuple[str, ...], how: tuple[str, ...]
+) -> None:
+    """Rows are dealt in order, and the loss is a mean over the targets of both."""
+    finish(text, tmp_path / "one", 6, "--accumulate", 2, *place)
+    torchrun(text, tmp_path / "two", 6, *place, *how)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
     for first, second in zip(one, two, strict=True):

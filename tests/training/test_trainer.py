@@ -65,6 +65,29 @@ def test_bf16_keeps_weights_and_optimizer_in_fp32(text: Path, tmp_path: Path) ->
     assert all(state["exp_avg"].dtype == torch.float32 for state in states)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own, which it means to hide
+def test_compiled_blocks_share_one_graph_and_train_alike(text: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    rows = [line["loss"] for line in _losses_of_three_layers(text, tmp_path / "plain", compile=False)]
+    torch._dynamo.utils.counters.clear()
+    compiled = [line["loss"] for line in _losses_of_three_layers(text, tmp_path / "compiled", compile=True)]
+    assert compiled == pytest.approx(rows, rel=1e-5)
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    )  # block and loss, for the first row and for rows of any number of sequences
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def _losses_of_three_layers(text: Path, out: Path, *, compile: bool) -> list[dict[str, Any]]:
+    model = training.new_model(vocab_size=260, dim=32, layers=3, heads=2, positions=64)
+    names = list(model.state_dict())
+    chosen = training.Recipe(steps=4, log_every=1, compile=compile)
+    result = training.train(model, text_data(text, rows=4), chosen, out, device="cpu")
+    assert list(model.state_dict()) == names
+    rows: list[dict[str, Any]] = result["rows"]
+    return rows
+
+
 def test_a_result_follows_its_schema_and_is_drawn(text: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     recipe = training.Recipe(steps=8, log_every=2, validate_every=4)

@@ -1,4 +1,4 @@
-"""A run for tests in a process of its own: python trained_run.py TEXT OUT STEPS [--resume] [--stop-at STEP] [--accumulate N].
+"""A run for tests in a process of its own: python trained_run.py TEXT OUT STEPS and the options below.
 
 At `--stop-at` it writes `waiting` beside the log and sleeps until it is killed.
 """
@@ -12,6 +12,8 @@ from training_examples import text_data, tiny
 from attnkit import training
 from attnkit._core.events import Event
 
+FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["HybridBlock"]}}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -22,6 +24,10 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int)
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--world", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fsdp", action="store_true")
     given = parser.parse_args()
 
     def wait(event: Event) -> None:
@@ -30,10 +36,14 @@ def main() -> None:
             time.sleep(120)
 
     recipe = training.Recipe(
-        steps=given.steps, learning_rate=3e-3, accumulate=given.accumulate, log_every=2, save_every=4, validate_every=8
-    )
+        steps=given.steps, learning_rate=3e-3, accumulate=given.accumulate, log_every=2, save_every=4, validate_every=8,
+        precision=given.precision, compile=given.compile,
+    )  # fmt: skip
     data = text_data(given.text, rows=given.steps * given.accumulate * given.world)
-    training.train(tiny(), data, recipe, given.out, resume=given.resume, device="cpu", on_event=wait)
+    if given.fsdp:
+        training.make_trainer(tiny(), data, recipe, given.out, device=given.device, options=FSDP2).train()
+        return
+    training.train(tiny(), data, recipe, given.out, resume=given.resume, device=given.device, on_event=wait)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ _recipe_options = _options(
     click.option("--accumulate", type=_SIZE, default=1, show_default=True, help="Batches a step, one after the other."),
     click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True, help="Learning rate."),
     click.option("--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of AdamW."),
+    click.option("--compile/--no-compile", default=None, help="Compile the model.  [default: on a GPU]"),
     click.option("--save-every", type=click.IntRange(min=0), default=0, help="Steps between checkpoints.  [default: a tenth]"),
     click.option(
         "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR", help="Folder of the run."
@@ -203,6 +204,7 @@ def _run(
     accumulate: int,
     lr: float,
     weight_decay: float,
+    compile: bool | None,
     save_every: int,
     out: Path,
     resume: bool,
@@ -226,7 +228,8 @@ def _run(
     every = max(1, min(10, steps // 20))
     part = max(every, -(-(save_every or steps // 10) // every) * every)
     recipe = training.Recipe(
-        steps=steps, learning_rate=lr, weight_decay=weight_decay, accumulate=accumulate, precision=precision, seed=seed,
+        steps=steps, learning_rate=lr, weight_decay=weight_decay, accumulate=accumulate, precision=precision,
+        compile=place.type == "cuda" if compile is None else compile, seed=seed,
         log_every=every, save_every=part, validate_every=part,
     )  # fmt: skip
     with Listener("training, tokens", out, silent=quiet or as_json or not first, unit="tokens").listening() as listener:

@@ -88,9 +88,11 @@ def _predictions(logits: Tensor) -> np.ndarray:
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and nothing compiled: graphs for rows of other sizes would cost more than they save."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         model.train(training)

@@ -11,7 +11,7 @@ import torch
 from attnkit._core.errors import InputError, OptionError
 from attnkit._core.files import new_folder
 
-__all__ = ["load_model", "new_model", "quiet_transformers", "save_model"]
+__all__ = ["compile_parts", "load_model", "new_model", "quiet_transformers", "save_model"]
 
 DATA_FILE = "training_data.json"  # beside the weights: what the model was trained on
 
@@ -67,6 +67,23 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AttnkitDecoderForCausalLM(config)
+
+
+def compile_parts(model: Any) -> None:
+    """Compile the blocks and the loss of a language model in place; names of parameters stay as they are.
+
+    Blocks of one kind share a graph, so compiling takes as long for thirty layers as for one. The embedding stays as it is:
+    compiled, its backward pass adds in an order that differs from run to run.
+
+    Args:
+        model: of `attnkit.models`, or a decoder of transformers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers calls a block
+            module.compile()
+    model.loss_function = torch.compile(model.loss_function)
 
 
 def save_model(model: Any, folder: Path, facts: dict[str, Any]) -> None:

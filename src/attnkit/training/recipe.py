@@ -24,6 +24,7 @@ class Recipe:
         clip: largest norm of the gradient; 0 switches clipping off.
         accumulate: rows a step, each a forward and a backward pass, on every device.
         precision: "fp32", or "bf16": matrix products in bf16, weights and optimizer in fp32.
+        compile: blocks and loss by torch.compile; worth its minute on a GPU.
         seed: of everything random.
         log_every: steps between lines of the log; losses are means over them.
         save_every: steps between checkpoints, a multiple of `log_every`; 0 saves at the end only.
@@ -41,6 +42,7 @@ class Recipe:
     clip: float = 1.0
     accumulate: int = 1
     precision: str = "fp32"
+    compile: bool = False
     seed: int = 0
     log_every: int = 10
     save_every: int = 0

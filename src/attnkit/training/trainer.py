@@ -12,6 +12,7 @@ from attnkit._core.errors import InputError, UnsupportedError
 from attnkit._core.events import Event
 from attnkit.training.callbacks import JournalCallback, SealCallback, StopCallback
 from attnkit.training.data.packing import Row
+from attnkit.training.model import compile_parts
 from attnkit.training.recipe import Recipe
 
 __all__ = ["TrainingData", "journal_of", "make_trainer"]
@@ -79,6 +80,8 @@ def make_trainer(
         InputError: the data has more tokens in its vocabulary or its sequences than the model, or too few rows.
     """
     _check(model, data, recipe)
+    if recipe.compile:
+        compile_parts(model)
     logged = JournalCallback(data, recipe, out, on_event=on_event, validation_rows=validation_rows)
     trainer = Trainer(
         model=model,
@@ -99,6 +102,7 @@ def journal_of(trainer: Trainer) -> JournalCallback:
 
 
 def _arguments(recipe: Recipe, out: Path, device: str, options: Mapping[str, Any]) -> TrainingArguments:
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     fields: dict[str, Any] = {
         "output_dir": str(out),
         "max_steps": recipe.steps,
@@ -125,7 +129,8 @@ def _arguments(recipe: Recipe, out: Path, device: str, options: Mapping[str, Any
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
-        "dataloader_pin_memory": device != "cpu" and torch.cuda.is_available(),
+        "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},  # the copy of a row would wait for the step before
         "use_cpu": device == "cpu",
     }
     clash = sorted(set(options) & {"max_steps", "per_device_train_batch_size", "train_sampling_strategy", "save_total_limit"})

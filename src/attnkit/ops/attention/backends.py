@@ -118,7 +118,9 @@ def _flash(call: AttentionCall) -> Result:
 
 def _sdpa_call(call: AttentionCall) -> Result:
     q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
-    causal = call.right == 0 and q.shape[2] > 1  # one query at the end sees every key
+    causal = call.right == 0
+    if q.shape[2] == 1:  # the one at the end, which sees every key; a branch, since `and` would give torch.compile no bool
+        causal = False
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=call.scale, enable_gqa=grouped)
     return out.transpose(1, 2), None
