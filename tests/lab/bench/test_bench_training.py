@@ -31,11 +31,11 @@ def config(**sizes: Any) -> Any:
     return PRESETS["decoder-tiny"](**sizes)
 
 
-def setup(form: str = "packed", precision: str = "fp32") -> Setup:
+def setup(form: str = "packed", compiled: bool = False) -> Setup:
     tokens = rows.random_tokens(STEPS * BATCH * CONTEXT, 64, CONTEXT, seed=0)
     data = rows.make_data(tokens, form, batch=BATCH, context=CONTEXT, steps=STEPS, seed=0)
-    recipe = make_recipe(steps=STEPS, precision=precision, seed=0, compiled=False)
-    return Setup(initial_llama(config(), 0), recipe, False, CPU, data)
+    recipe = make_recipe(steps=STEPS, precision="fp32", seed=0, compiled=compiled)
+    return Setup(initial_llama(config(), 0), recipe, CPU, data)
 
 
 def race(**options: Any) -> dict[str, Any]:
@@ -251,10 +251,19 @@ def test_a_text_is_cut_into_rows_without_borders_and_packed_with_them(tmp_path: 
     assert (len(whole.train), len(packed.validation)) == (20, 0)
 
 
+def test_both_sides_are_compiled_or_none(tmp_path: Path) -> None:
+    for compiled in (True, False):
+        ours, theirs = (make(setup(compiled=compiled), tmp_path) for make in SIDES.values())
+        assert [layer._compiled_call_impl is not None for layer in ours.model.model.layers] == [compiled] * 2
+        assert (ours.args.torch_compile, theirs.args.torch_compile) == (False, compiled)
+        assert all(layer._compiled_call_impl is None for layer in theirs.model.model.layers)
+
+
 @pytest.mark.gpu
-def test_on_a_gpu_in_bf16_losses_agree_and_rates_are_counted() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_in_bf16_losses_agree_and_rates_are_counted(compiled: bool) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "vocab_size": 1024}
-    document = bench.run_training(config(**sizes), context=512, batch=4, device="cuda")
+    document = bench.run_training(config(**sizes), context=512, batch=4, device="cuda", compiled=compiled)
     assert document["skipped"] == []
     assert [row["dtype"] for row in document["rows"]] == ["bfloat16"] * 2
     for row in document["rows"]:

@@ -73,7 +73,7 @@ def run_lap(make: Callable[[Setup, Path], Trainer], setup: Setup, skipped: int) 
         setup: what it trains, and on what.
         skipped: steps that do not count, at least 1.
     """
-    if setup.compiled:
+    if setup.recipe.compile:
         torch.compiler.reset()  # a side must not find its code, or its limit of recompilations, used up by the one before
     gc.collect()  # what earlier runs left
     device = setup.device

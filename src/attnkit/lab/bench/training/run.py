@@ -84,7 +84,6 @@ def run_training(
         tokens = load_tokens(text, on_phase=lambda phase: tell("phase", phase))
     facts = {
         "rounds": rounds,
-        "compiled": compiled,
         "parameters": llama.num_parameters(),
         "recipe": recipe.facts(),
         "data": tokens.facts,
@@ -99,7 +98,7 @@ def run_training(
         for form in chosen:
             data = make_data(tokens, form, batch=batch, context=context, steps=steps, seed=seed)
             spot = {"shape": _shape(config, form, batch, context), "dtype": _DTYPES[precision], "pass": "step"}
-            setup = Setup(llama, recipe, compiled, place, data)
+            setup = Setup(llama, recipe, place, data)
             try:
                 found = race(setup, rounds, partial(tell.begins, form))
                 note = {"note": MASKED} if compiled or form == "packed" else {}

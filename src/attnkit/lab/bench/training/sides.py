@@ -1,17 +1,14 @@
 """The two contestants: each a Trainer that is ready to train, from the same initial weights."""
 
 import copy
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
 
 from attnkit import training
-from attnkit._core.errors import UnsupportedError
 from attnkit.lab.bench.race import OWN
 from attnkit.lab.bench.training.rows import RaceData
 from attnkit.models import AttnkitDecoderConfig, from_llama, llama_config
@@ -31,15 +28,13 @@ class Setup:
 
     Attributes:
         llama: the initial weights, on the CPU in float32; never trained itself.
-        recipe: of the run.
-        compiled: whether the models are compiled, each in its own way.
+        recipe: of the run; where it compiles, ours compiles blocks and loss, and the peer the whole model.
         device: where to train.
         data: what is trained on.
     """
 
     llama: LlamaForCausalLM
     recipe: training.Recipe
-    compiled: bool
     device: torch.device
     data: RaceData
 
@@ -61,16 +56,10 @@ def initial_llama(config: AttnkitDecoderConfig, seed: int) -> LlamaForCausalLM:
 
 
 def make_recipe(*, steps: int, precision: str, seed: int, compiled: bool) -> training.Recipe:
-    """A short run that has every phase of the schedule; the loss is read after every step.
-
-    Raises:
-        UnsupportedError: compiling is asked for, and recipes cannot say so.
-    """
-    more = {"compile": True} if compiled else {}
-    if unknown := set(more) - {field.name for field in dataclasses.fields(training.Recipe)}:
-        raise UnsupportedError(f"recipes of this version have no {', '.join(unknown)}; leave out --compile")
-    fields: dict[str, Any] = {"warmup": 0.25, "decay": 0.25, "precision": precision, "seed": seed, "log_every": 1, **more}
-    return training.Recipe(steps=steps, **fields)
+    """A short run that has every phase of the schedule; the loss is read after every step."""
+    return training.Recipe(
+        steps=steps, warmup=0.25, decay=0.25, precision=precision, compile=compiled, seed=seed, log_every=1
+    )  # fmt: skip
 
 
 def _ours(setup: Setup, out: Path) -> Trainer:
@@ -101,7 +90,7 @@ def _theirs(setup: Setup, out: Path) -> Trainer:
         warmup_steps=recipe.warmup_steps,
         bf16=recipe.precision == "bf16",
         tf32=False,  # with torch_compile it would be on, for the whole process
-        torch_compile=setup.compiled,
+        torch_compile=recipe.compile,
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
@@ -109,6 +98,7 @@ def _theirs(setup: Setup, out: Path) -> Trainer:
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        accelerator_config={"non_blocking": setup.device.type == "cuda"},
         use_cpu=setup.device.type == "cpu",
     )
     trainer = Trainer(
