@@ -81,6 +81,7 @@ def test_every_module_imports_without_the_extras_it_may_lack() -> None:
         "attnkit.training",
         "attnkit.inference",
         "attnkit.testing",
+        "attnkit.lab.bench.training",
         "attnkit.lab.compare",
     )
     code = (

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnkit._core.errors import InputError, UnsupportedError
-from attnkit.models import AttnkitDecoderForCausalLM, from_llama, parity
+from attnkit.models import PRESETS, AttnkitDecoderForCausalLM, from_llama, llama_config, parity
 from attnkit.models.decoder.conversion import RENAMED
 from attnkit.testing import tiny_model
 
@@ -98,3 +98,26 @@ def test_smollm2_is_the_same_model() -> None:
     found = parity(loaded.model, tokens=48)
     assert found.ok, found
     assert found.parameters > 100e6
+
+
+@pytest.mark.parametrize("preset", ["decoder-tiny", "decoder-50m"])
+def test_a_decoder_is_described_as_a_llama_and_back(preset: str) -> None:
+    config = PRESETS[preset](rope_parameters={"rope_type": "default", "rope_theta": 20_000.0}, norm_eps=1e-4)
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(llama_config(config))
+    assert from_llama(llama).config.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mixer_types": ["attention", "attention_nope"]}, "mixer_types=.* is no Llama's"),
+        ({"mlp_types": "mlp"}, "mlp_types=.* is no Llama's"),
+        ({"norm_type": "layernorm"}, "norm_type='layernorm' is no Llama's, which has 'rmsnorm'"),
+        ({"hidden_size": 66, "head_dim": 16}, "hidden_size=66 is no multiple of num_attention_heads=4"),
+    ],
+    ids=str,
+)
+def test_what_llama_lacks_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        llama_config(PRESETS["decoder-tiny"](**changes))

@@ -50,6 +50,18 @@ def test_small_inputs_may_be_strided() -> None:
     _same(ops.attention, q, k, v, key_bias=bias)
 
 
+def test_tf32_may_be_allowed_by_the_new_switch() -> None:
+    """As transformers does where it compiles; torch then refuses to answer through the old one."""
+    q, k, v = _qkv(20, 40)
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    try:
+        ours, expected = (ops.attention(q, k, v, backend=name) for name in ("triton", "reference"))
+    finally:
+        torch.backends.fp32_precision = before
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("num_q", [1, 20], ids=["split keys", "one part"])
 def test_a_seen_nan_makes_the_row_nan(num_q: int) -> None:
     q, k, v = _qkv(num_q, 2500)

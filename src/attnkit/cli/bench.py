@@ -1,4 +1,4 @@
-"""`attnkit bench`: our operators against other implementations, on this machine."""
+"""`attnkit bench`: our operators and our training against other implementations, on this machine."""
 
 import shlex
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from attnkit._core.errors import CheckFailed
+from attnkit._core.errors import CheckFailed, OptionError
 from attnkit.cli._common import (
     device_option,
     dtype_option,
@@ -28,6 +28,8 @@ from attnkit.cli._listener import Listener
 __all__ = ["command"]
 
 _WIDE = ("first call s", "ours MiB", "peer MiB")  # columns that a terminal is too narrow for; the page has them
+_TOLD = (*_WIDE, "ours TFLOP/s", "peer TFLOP/s", "ours tokens/s", "peer tokens/s")  # what the sentences say, too
+_SIZE = click.IntRange(min=1)
 
 
 def _parse_heads(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -111,7 +113,10 @@ def _kernels(
             on_event=listener.hear,
             command=shlex.join(["attnkit", *sys.argv[1:]]),
         )
-    emit(document, as_json, *_tables(document), f"page: {folder / name}.html   data: {folder / name}.json")
+    from attnkit.report.race import crossovers
+
+    shown = [*_tables(document, _WIDE), *crossovers(document["rows"]), ""]
+    emit(document, as_json, *shown, f"page: {folder / name}.html   data: {folder / name}.json")
     failed = [entry for entry in document["skipped"] if entry["peer"] == bench.OWN]
     if failed:
         raise CheckFailed(f"{name} failed on {len(failed)} of {len(document['finished'])} shapes: {failed[0]['reason']}")
@@ -119,18 +124,132 @@ def _kernels(
         raise click.exceptions.Exit(1)
 
 
-def _tables(document: dict[str, Any]) -> list[Any]:
-    """The tables of the page, without what a terminal is too narrow for, and from where ours pays."""
+@verb(
+    "training",
+    examples=(
+        "attnkit bench training",
+        "attnkit bench training --preset decoder-50m --text wiki --context 2048 --batch 16 --forms packed --out results",
+    ),
+    python=(
+        "from attnkit.lab import bench\n"
+        "from attnkit.models import PRESETS\n"
+        "result = bench.run_training(PRESETS['decoder-50m'](), context=2048, batch=16, device='cuda')"
+    ),
+    memory_hint="use a smaller --batch or --context, or --forms rows",
+)
+@click.option("--preset", metavar="NAME", help="Sizes of the model.  [default: decoder-50m, on a CPU decoder-tiny]")
+@click.option("--dim", type=_SIZE, help="Width, in place of the preset's; the feed-forward part grows with it.")
+@click.option("--layers", type=_SIZE, help="Blocks, in place of the preset's.")
+@click.option("--heads", callback=_parse_heads, metavar="H[/Hkv]", help="Heads, in place of the preset's.")
+@click.option("--context", type=click.IntRange(min=2), help="Tokens of the longest sequence.  [default: 2048, on a CPU 128]")
+@click.option("--batch", type=_SIZE, help="Contexts in a batch.  [default: 16, on a CPU 4]")
+@click.option("--forms", callback=parse_names, metavar="A,B", help="rows (whole contexts), packed.  [default: both]")
+@click.option("--text", metavar="ASSET|FILE", help="novels, wiki, pubmed, stdlib, or a UTF-8 file.  [default: random tokens]")
+@click.option("--steps", type=click.IntRange(min=4), default=20, show_default=True, help="Of a run; a quarter warms up.")
+@click.option("--rounds", type=click.IntRange(min=3), default=3, show_default=True, help="Timed runs of each side.")
+@click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="Compile both models.")
+@device_option
+@dtype_option
+@seed_option
+@out_option
+@json_option
+@quiet_option
+def _training(
+    preset: str | None,
+    dim: int | None,
+    layers: int | None,
+    heads: tuple[int, int] | None,
+    context: int | None,
+    batch: int | None,
+    forms: tuple[str, ...] | None,
+    text: str | None,
+    steps: int,
+    rounds: int,
+    compiled: bool,
+    device: str,
+    dtype: str,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Race our training against transformers' Llama under its own Trainer: same weights, same data, in turns.
+
+    Writes training.json and training.html into --out (default: attnkit-bench). Ctrl-C keeps the finished form.
+
+    Exit codes: 1 the peer failed (listed); 3 text or package not installed; 4 bad input; 5 no such device or out of memory;
+    6 ours failed or the losses differ (listed); 130 interrupted.
+    """
+    place, folder = resolve_device(device), out or Path("attnkit-bench")
+    number_format = str(resolve_dtype(dtype, place)).removeprefix("torch.")
+    if number_format == "float16":
+        raise OptionError(f"--dtype {dtype} is fp16 here, which is not trained in; use fp32, or bf16 where the GPU has it")
+    from attnkit.lab import bench
+    from attnkit.report.race_training import lead
+
+    fast = place.type == "cuda"
+    length = context or (2048 if fast else 128)
+    config = _config(preset or ("decoder-50m" if fast else "decoder-tiny"), dim, layers, heads, length, text)
+    advice = "race the other with --forms, into another --out"
+    with Listener("racing", folder, silent=quiet or as_json, unit="forms", advice=advice).listening() as listener:
+        document = bench.run_training(
+            config,
+            context=length,
+            batch=batch or (16 if fast else 4),
+            forms=forms or ("rows", "packed"),
+            text=text,
+            steps=steps,
+            rounds=rounds,
+            compiled=compiled,
+            device=place,
+            precision="bf16" if number_format == "bfloat16" else "fp32",
+            seed=seed,
+            out=folder,
+            on_event=listener.hear,
+            command=shlex.join(["attnkit", *sys.argv[1:]]),
+        )
+    shown = [*_tables(document, _TOLD), *lead(document["rows"]), ""]
+    emit(document, as_json, *shown, f"page: {folder / 'training.html'}   data: {folder / 'training.json'}")
+    for entry in document["skipped"]:
+        if entry["peer"] == bench.OWN:
+            raise CheckFailed(f"{entry['shape']['form']}: {entry['reason']}")
+    if document["skipped"]:
+        raise click.exceptions.Exit(1)
+
+
+def _config(
+    preset: str, dim: int | None, layers: int | None, heads: tuple[int, int] | None, context: int, text: str | None
+) -> Any:
+    """The preset with other sizes where they are asked for."""
+    from attnkit.models import PRESETS, AttnkitDecoderConfig
+    from attnkit.training.tokenizers import BYTES_VOCABULARY
+
+    base: Any = PRESETS[preset]()
+    if not isinstance(base, AttnkitDecoderConfig):
+        raise OptionError(f"--preset {preset} is no decoder; choose one whose name begins with decoder")
+    sizes: dict[str, Any] = {"max_position_embeddings": context, "num_hidden_layers": layers or base.num_hidden_layers}
+    if dim:
+        sizes |= {"hidden_size": dim, "intermediate_size": base.intermediate_size * dim // base.hidden_size}
+    if heads:
+        sizes |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    if text:
+        sizes["vocab_size"] = max(base.vocab_size, BYTES_VOCABULARY)
+    return PRESETS[preset](**sizes)
+
+
+def _tables(document: dict[str, Any], hidden: tuple[str, ...]) -> list[Any]:
+    """The tables of the page, without the columns that are hidden."""
     from attnkit.report import SECTIONS, Table, table
-    from attnkit.report.race import crossovers
 
     shown: list[Any] = []
     for block in SECTIONS[document["schema"]].draw(document).blocks:
         if isinstance(block, Table):
-            columns = [index for index, header in enumerate(block.headers) if header not in _WIDE]
+            columns = [index for index, header in enumerate(block.headers) if header not in hidden]
             cells = [[row[index] for index in columns] for row in block.rows]
             shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
-    return [*shown, *crossovers(document["rows"]), ""]
+    return shown
 
 
-command = click.Group("bench", commands=[_kernels], help="Races: our operators against other implementations, on this machine.")
+command = click.Group(
+    "bench", commands=[_kernels, _training], help="Races: ours against other implementations, on this machine."
+)

@@ -17,6 +17,7 @@ from attnkit.models.decoder import (  # noqa: E402
     AttnkitDecoderModel,
     Parity,
     from_llama,
+    llama_config,
     parity,
     random_llama,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "StateCache",
     "Summary",
     "from_llama",
+    "llama_config",
     "mixer",
     "parity",
     "random_llama",

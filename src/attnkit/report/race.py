@@ -4,15 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from attnkit.report import race_training
 from attnkit.report.page import Block, Figure, Section, SectionSpec, Table
-from attnkit.report.race_plots import dots, over_tokens
+from attnkit.report.race_plots import OWN, dots, over_tokens
 from attnkit.report.tables import ABSENT, TIMES, number
 
 __all__ = ["OWN", "SPEC", "crossovers"]
 
 Row = Mapping[str, Any]
 TOKENS = "tokens"
-OWN = "attnkit"  # how results name our side
 _SHOWN = 40  # beyond that the plot is a wall of dots; the table has every row
 _LISTED = 4  # shapes that somebody was not raced on, by name
 
@@ -114,9 +114,11 @@ def _draw(document: Mapping[str, Any]) -> Section:
     if not rows:
         return Section("Race", (), skipped, ["No race was run."])
     what = _Identity(rows)
-    blocks: list[Block] = [_figure(rows, what), _table(rows, what), *skipped]
+    trained = [row for row in rows if "losses" in row]
+    blocks: list[Block] = [_figure(rows, what), *race_training.figures(trained), _table(rows, what), *skipped]
     facts = [("device", str(document.get("device", ABSENT))), *what.common()]
-    return Section(f"Race: {', '.join(dict.fromkeys(what.columns['op']))}", facts, blocks, [*_lead(rows), *crossovers(rows)])
+    lead = [*_lead(rows), *(race_training.lead(trained) if trained else crossovers(rows))]
+    return Section(f"Race: {', '.join(dict.fromkeys(what.columns['op']))}", facts, blocks, lead)
 
 
 def _lead(rows: Sequence[Row]) -> list[str]:
@@ -154,6 +156,11 @@ def _table(rows: Sequence[Row], what: _Identity) -> Table:
         "first call s": [number(row.get("first_call_s")) for row in rows],
         "ours TFLOP/s": [number(row.get("tflops")) for row in rows],
         "peer TFLOP/s": [number(row.get("peer_tflops")) for row in rows],
+        "ours tokens/s": [number(row.get("tokens_s")) for row in rows],
+        "peer tokens/s": [number(row.get("peer_tokens_s")) for row in rows],
+        "ours of peak": [_percent(row.get("mfu"), 1) for row in rows],
+        "peer of peak": [_percent(row.get("peer_mfu"), 1) for row in rows],
+        "losses apart": [number(row.get("loss_difference"), 2) for row in rows],
         "of copy rate": [_percent(row.get("bandwidth_share"), 0) for row in rows],
         "ours MiB": [number(row.get("peak_mib")) for row in rows],
         "peer MiB": [number(row.get("peer_peak_mib")) for row in rows],

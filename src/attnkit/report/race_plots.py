@@ -7,9 +7,10 @@ from typing import Any
 from attnkit.report.plots import INK, MUTED, canvas, series
 from attnkit.report.tables import TIMES
 
-__all__ = ["dots", "over_tokens"]
+__all__ = ["OWN", "dots", "over_tokens"]
 
 Row = Mapping[str, Any]
+OWN = "attnkit"  # how results name our side
 
 
 def dots(prefix: str, rows: Sequence[Row], labels: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ memory in the same run.
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["OWN", "RACES", "Peer", "Race", "Shape", "run"]
+__all__ = ["OWN", "RACES", "Peer", "Race", "Shape", "run", "run_training"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
@@ -44,5 +44,6 @@ __getattr__, __dir__ = lazy_attributes(
         "Race": "attnkit.lab.bench.race",
         "Shape": "attnkit.lab.bench.race",
         "run": "attnkit.lab.bench.runner",
+        "run_training": "attnkit.lab.bench.training",
     },
 )

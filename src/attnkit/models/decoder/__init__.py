@@ -1,7 +1,7 @@
 """A dense decoder of Llama's shape."""
 
 from attnkit.models.decoder.configuration import AttnkitDecoderConfig
-from attnkit.models.decoder.conversion import from_llama
+from attnkit.models.decoder.conversion import from_llama, llama_config
 from attnkit.models.decoder.modeling import AttnkitDecoderForCausalLM, AttnkitDecoderModel
 from attnkit.models.decoder.parity import Parity, parity, random_llama
 
@@ -11,6 +11,7 @@ __all__ = [
     "AttnkitDecoderModel",
     "Parity",
     "from_llama",
+    "llama_config",
     "parity",
     "random_llama",
 ]

@@ -1,16 +1,16 @@
-"""Weights of transformers' Llama in our decoder."""
+"""Weights of transformers' Llama in our decoder, and our decoder's shape as a Llama's."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from attnkit._core.errors import InputError, UnsupportedError
 from attnkit.models.decoder.configuration import AttnkitDecoderConfig
 from attnkit.models.decoder.modeling import AttnkitDecoderForCausalLM
 
-__all__ = ["from_llama"]
+__all__ = ["from_llama", "llama_config"]
 
 # Llama's name of a part of a weight's key -> ours
 RENAMED = {"self_attn": "mixer", "input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
@@ -43,6 +43,34 @@ def from_llama(source: Any) -> AttnkitDecoderForCausalLM:
     model.generation_config = llama.generation_config
     model.train(llama.training)
     return model
+
+
+def llama_config(config: AttnkitDecoderConfig) -> LlamaConfig:
+    """Say what a decoder of ours is in the words of transformers' Llama, whose weights `from_llama` then takes.
+
+    Args:
+        config: of a decoder whose every layer is "attention" and "swiglu", with "rmsnorm".
+    Raises:
+        UnsupportedError: a part or a size that Llama does not have.
+    """
+    parts = {
+        "mixer_types": (config.mixer_types, ["attention"] * config.num_hidden_layers),
+        "mlp_types": (config.mlp_types, ["swiglu"] * config.num_hidden_layers),
+        "norm_type": (config.norm_type, "rmsnorm"),
+    }
+    for name, (ours, theirs) in parts.items():
+        if ours != theirs:
+            raise UnsupportedError(f"{name}={ours!r} is no Llama's, which has {theirs!r}")
+    if config.hidden_size % config.num_attention_heads:
+        raise UnsupportedError(
+            f"hidden_size={config.hidden_size} is no multiple of num_attention_heads={config.num_attention_heads}, which "
+            f"Llama asks for; choose sizes that divide"
+        )
+    return LlamaConfig(
+        **{name: getattr(config, name) for name in SAME},
+        rms_norm_eps=config.norm_eps,
+        rope_parameters=dict(config.rope_parameters) if config.rope_parameters else None,
+    )
 
 
 def _load(folder: str | Path) -> LlamaForCausalLM:

@@ -94,7 +94,7 @@ class Launch:
             "SOFTCAP": self.softcap > 0,
             "BIAS": self.key_bias is not None,
             "EVEN": self.block_d == self.width and self.block_dv == self.width_v,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",  # set by either API
         }
         launch(kernel, grid, arguments, shared | flags, num_warps=config.num_warps, num_stages=config.num_stages)
 
