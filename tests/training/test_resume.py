@@ -71,37 +71,45 @@ def test_killed_and_resumed_equals_never_interrupted(text: Path, tmp_path: Path,
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def torchrun(*arguments: object) -> None:
-    """Two processes of a run."""
+def pair(launcher: tuple[str, ...], *arguments: object) -> None:
+    """A run in two processes; the launcher ends in its option for a port."""
     port = str(29_000 + os.getpid() % 900)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]), "OMP_NUM_THREADS": "1"}
-    pair = subprocess.run(
-        [*command, str(HERE / "trained_run.py"), *map(str, arguments), "--world", "2"],
-        env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE,
-    )  # fmt: skip
-    assert pair.returncode == 0, pair.stderr
+    command = [sys.executable, "-m", *launcher, port, str(HERE / "trained_run.py"), *map(str, arguments)]
+    ended = subprocess.run(
+        [*command, "--world", "2"], env=environment, capture_output=True, text=True, check=False, timeout=PATIENCE
+    )
+    assert ended.returncode == 0, ended.stderr
 
 
+SHARDED = (
+    "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+    "--dynamo_backend", "no", "--use_fsdp", "--fsdp_version", "2", "--fsdp_reshard_after_forward", "true",
+    "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_transformer_layer_cls_to_wrap", "HybridBlock",
+    "--main_process_port",
+)  # fmt: skip
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port")
 TWO_GPUS = (pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))
 PAIRS = [
-    pytest.param((), (), id="cpu"),
-    pytest.param(("--device", "cuda"), (), id="gpus", marks=TWO_GPUS),
-    pytest.param(("--device", "cuda"), ("--fsdp",), id="gpus-sharded", marks=TWO_GPUS),
+    pytest.param((), TORCHRUN, id="cpu"),
+    pytest.param(("--device", "cuda"), TORCHRUN, id="gpus", marks=TWO_GPUS),
+    pytest.param(("--device", "cuda"), SHARDED, id="gpus-sharded", marks=TWO_GPUS),
 ]
 
 
-@pytest.mark.parametrize(("place", "how"), PAIRS)
+@pytest.mark.parametrize(("place", "launcher"), PAIRS)
 def test_two_processes_equal_one_that_accumulates(
-    text: Path, tmp_path: Path, place: tuple[str, ...], how: tuple[str, ...]
+    text: Path, tmp_path: Path, place: tuple[str, ...], launcher: tuple[str, ...]
 ) -> None:
     """Rows are dealt in order, and the loss is a mean over the targets of both."""
     finish(text, tmp_path / "one", 6, "--accumulate", 2, *place)
-    torchrun(text, tmp_path / "two", 6, *place, *how)
+    pair(launcher, text, tmp_path / "two", 6, *place)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
     for first, second in zip(one, two, strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=2e-5)
+    first, second = (training.load_model(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
 def recipe(**changes: Any) -> training.Recipe:

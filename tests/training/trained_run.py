@@ -12,8 +12,6 @@ from training_examples import text_data, tiny
 from attnkit import training
 from attnkit._core.events import Event
 
-FSDP2 = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["HybridBlock"]}}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -27,7 +25,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--fsdp", action="store_true")
     given = parser.parse_args()
 
     def wait(event: Event) -> None:
@@ -40,9 +37,6 @@ def main() -> None:
         precision=given.precision, compile=given.compile,
     )  # fmt: skip
     data = text_data(given.text, rows=given.steps * given.accumulate * given.world)
-    if given.fsdp:
-        training.make_trainer(tiny(), data, recipe, given.out, device=given.device, options=FSDP2).train()
-        return
     training.train(tiny(), data, recipe, given.out, resume=given.resume, device=given.device, on_event=wait)
 
 

@@ -88,10 +88,17 @@ def compile_parts(model: Any) -> None:
     model.loss_function = torch.compile(model.loss_function)
 
 
-def save_model(model: Any, folder: Path, facts: dict[str, Any]) -> None:
-    """Write a model with what it was trained on; the folder appears whole or not at all."""
+def save_model(model: Any, folder: Path, facts: dict[str, Any], weights: dict[str, Any] | None = None) -> None:
+    """Write a model with what it was trained on; the folder appears whole or not at all.
+
+    Args:
+        model: of transformers.
+        folder: new.
+        facts: to be found again by `load_model`.
+        weights: whole, where the model has only a share of them; None takes the model's own.
+    """
     with new_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         (temporary / DATA_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 

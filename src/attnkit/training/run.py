@@ -82,9 +82,11 @@ def train(
         wall_s=time.monotonic() - started,
         extra=facts | {"speed": callback.meters.total(), "devices": trainer.args.world_size},
     )
+    sharded = trainer.is_fsdp_enabled
+    weights = trainer.accelerator.get_state_dict(trainer.model) if sharded else None  # every process has a share to give
     if trainer.is_world_process_zero():
         with quiet_transformers():
-            save_model(trainer.accelerator.unwrap_model(trainer.model), out / "model", facts)
+            save_model(trainer.accelerator.unwrap_model(trainer.model), out / "model", facts, weights)
         _write(out, document)
     return document
 

@@ -75,7 +75,7 @@ def make_trainer(
         device: "auto", "cpu" or "cuda".
         validation_rows: rows of text that a validation reads at most; tasks are always read whole.
         on_event: told the progress, in tokens.
-        options: further fields of `transformers.TrainingArguments`, for example {"fsdp": "full_shard"}.
+        options: further fields of `transformers.TrainingArguments`, for example {"gradient_checkpointing": True}.
     Raises:
         InputError: the data has more tokens in its vocabulary or its sequences than the model, or too few rows.
     """
@@ -126,6 +126,7 @@ def _arguments(recipe: Recipe, out: Path, device: str, options: Mapping[str, Any
         "save_steps": recipe.save_every or recipe.steps,
         "save_total_limit": _KEPT_CHECKPOINTS,
         "eval_strategy": "no",
+        "ddp_find_unused_parameters": False,  # looking for them costs a walk over the graph each step
         "report_to": "none",
         "disable_tqdm": True,
         "remove_unused_columns": False,
