@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnkit.modules import MLP, MixerContext, RotaryEmbedding, SoftmaxAttention, SwiGLU, make_norm, rotate
+from attnkit.modules.projection import project
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM = 48, 4, 2, 16
 
@@ -107,3 +108,35 @@ def test_context() -> None:
     assert MixerContext().key_bias(3, torch.float32) is None
     assert MixerContext().read_state(0) is None
     MixerContext().write_state(torch.zeros(1), 0)
+
+
+def test_joint_projections_are_the_single_ones() -> None:
+    x = torch.randn(2, 5, WIDTH, requires_grad=True)
+    first, second = (nn.Linear(WIDTH, width, bias=False) for width in (16, 24))
+    parameters = [x, first.weight, second.weight]
+    weights = [torch.randn(2, 5, width) for width in (16, 24)]
+
+    def run(*layers: nn.Module) -> list[Tensor]:
+        outs = project(x, *layers)
+        return [*outs, *torch.autograd.grad([(o * w).sum() for o, w in zip(outs, weights, strict=True)], parameters)]
+
+    joint, single = run(first, second), run(nn.Sequential(first), nn.Sequential(second))
+    for a, b in zip(joint, single, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(project(x, first, second)[1], second(x))
+
+
+def test_hooks_and_adapters_of_a_projection_are_kept() -> None:
+    layer = SoftmaxAttention(WIDTH, 3, rope=False)
+    called: list[str] = []
+    layer.k_proj.register_forward_hook(lambda *_: called.append("hook"))
+
+    class Adapter(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            called.append("adapter")
+            return super().forward(x)
+
+    layer.q_proj = Adapter(WIDTH, WIDTH, bias=False)
+    layer(torch.randn(1, 4, WIDTH, requires_grad=True))
+    assert called == ["adapter", "hook"]

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from attnkit._core.checks import accumulator_dtype
 from attnkit._core.errors import OptionError
 from attnkit.modules.mixing import MixerContext, Shared
+from attnkit.modules.projection import project
 from attnkit.modules.rotary import rotate
 from attnkit.ops.attention.api import attention
 from attnkit.ops.attention.call import MAX_WIDTH, MIN_WIDTH
@@ -74,7 +75,7 @@ class SoftmaxAttention(nn.Module):
         Raises:
             OptionError: the layer rotates and the context has no angles.
         """
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.rope:
             if context.rope is None:
                 raise OptionError(
