@@ -36,12 +36,13 @@ def test_no_mode_is_left_out() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @by_format
-def test_directed_modes_against_gfloat(fmt: FloatFormat, mode: Mode) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["in-float32", "in-float64"])
+def test_directed_modes_against_gfloat(fmt: FloatFormat, dtype: torch.dtype, mode: Mode) -> None:
     top = torch.tensor([fmt.max, fmt.tiny], dtype=torch.float64)
     special = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan], dtype=torch.float64)
     edges = torch.cat([top * factor for factor in (1, 1 + 2**-20, 1.01, 1.5, 0.5, 0.5 + 2**-20, 0.01, 4)])
     ordinary = torch.randn(300, dtype=torch.float64) * torch.exp2(torch.randint(-30, 20, (300,)).double())
-    x = torch.cat([special, edges, -edges, ordinary])
+    x = torch.cat([special, edges, -edges, ordinary]).to(dtype)
     got = round_to(x, fmt, mode)
     expected = torch.tensor([gfloat.round_float(GFLOAT[fmt], value, MODES[mode]) for value in x.tolist()])
     assert identical(got, expected.double())

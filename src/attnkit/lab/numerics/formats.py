@@ -192,7 +192,7 @@ def _round(x: Tensor, fmt: FloatFormat, mode: Mode, generator: torch.Generator |
         return x.to(native).to(x.dtype)
     spacing = _spacing(x, fmt)
     rounded = _to_integer(x / spacing, mode, generator).mul_(spacing)  # both products are exact: the spacing is 2^n
-    return _finish(x, torch.copysign(rounded, x), fmt, mode)
+    return _finish(x, rounded, fmt, mode)
 
 
 def _spacing(x: Tensor, fmt: FloatFormat) -> Tensor:
