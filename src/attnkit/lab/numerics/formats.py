@@ -121,7 +121,7 @@ def round_to(
         generator: of "sr"; None means torch's own.
         grad_format: what the gradient is rounded to (to nearest) on its way back; None leaves it as it is.
     Returns:
-        a tensor like `x`.
+        a tensor like `x`; its memory is that of `x` where the format is that of its dtype.
     Raises:
         DTypeError: `x` is neither float32 nor float64, or cannot hold the format.
         OptionError: an unknown mode, or a generator without "sr".
@@ -187,6 +187,8 @@ def _check_container(x: Tensor, fmt: FloatFormat | None) -> None:
 
 def _round(x: Tensor, fmt: FloatFormat, mode: Mode, generator: torch.Generator | None) -> Tensor:
     x = x.detach()
+    if fmt == _CONTAINERS[x.dtype]:
+        return x
     native = _NATIVE.get((x.dtype, fmt)) if mode == "rne" else None
     if native is not None:
         return x.to(native).to(x.dtype)
