@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit._core.errors import UnsupportedError
 from attnkit.lab.numerics.emulate import Normalizer, Stable, emulated_attention
-from attnkit.lab.numerics.formats import BF16, FP32, FP64, round_to
+from attnkit.lab.numerics.formats import BF16, FP32, FP64, custom, round_to
 from attnkit.lab.numerics.golden import golden_attention
 from attnkit.lab.numerics.policy import Rounding, SitePolicy
 from attnkit.lab.numerics.recurrences import ALGORITHMS, Algorithm
@@ -63,6 +63,21 @@ def test_rounded_gradients_are_near_and_numbers_of_the_format(preset: Any, stabl
     for ours, exact in zip(got, expected(inputs, causal=True), strict=True):
         assert identical(round_to(ours, BF16), ours)
         assert float((ours - exact).norm() / exact.norm()) < limit
+
+
+TOUCHED = {
+    "S_scale": "qkv", "P": "v", "delta": "qk", "dP": "qk", "dS": "qk", "dQ_acc": "q", "dK_acc": "k", "dV_acc": "v",
+    "grad_out": "qkv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("site", TOUCHED)
+def test_a_site_of_the_backward_pass_changes_the_gradients_that_it_is_part_of(site: str) -> None:
+    inputs = drawn(BF16, 32)
+    options: dict[str, Any] = {"algorithm": "fa2", "block_q": 16, "block_k": 16, "stable": "exact_delta"}
+    exact = gradients(inputs, SitePolicy("exact"), **options)
+    got = gradients(inputs, SitePolicy("one site", {site: Rounding(custom(4))}), **options)
+    assert "".join(name for name, a, b in zip("qkv", got, exact, strict=True) if not identical(a, b)) == TOUCHED[site]
 
 
 def leak(stable: Stable, normalizer: Normalizer = "exact", **sites: Any) -> float:

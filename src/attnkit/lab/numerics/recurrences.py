@@ -112,7 +112,7 @@ def _unnormalised(emulation: Emulation, problem: Problem, rows: slice) -> Result
         proposed = emulation.maximum(scores)
         if emulation.algorithm == "lagged":
             rise = (proposed - state.m) / math.log(2)
-            m = torch.where((rise > emulation.lag) | torch.isneginf(state.m), proposed, state.m)
+            m = torch.where(rise > emulation.lag, proposed, state.m)
         else:
             m = torch.maximum(state.m, proposed)
         m = emulation.round("m", m)
