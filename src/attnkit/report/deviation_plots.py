@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attnkit.report.plots import INK, MUTED, canvas, series
-from attnkit.report.tables import number
+from attnkit.report.tables import TIMES, number
 
 __all__ = ["Curves", "bars", "curves"]
 
@@ -18,7 +18,7 @@ def curves(prefix: str, over: Curves, *, x: str, y: str, one: bool, linear_x: bo
         prefix: of element ids.
         over: what is drawn.
         x, y: names of the axes.
-        one: whether a line at 1 marks equality.
+        one: whether values are ratios: a line at 1 marks equality, and the vertical scale has powers of two.
         linear_x: whether the horizontal scale is linear; it is logarithmic to base 2 else.
     """
     names = list(dict.fromkeys(name for panel in over.values() for name in panel))
@@ -35,13 +35,15 @@ def curves(prefix: str, over: Curves, *, x: str, y: str, one: bool, linear_x: bo
                 color, marker = series(names.index(name))
                 axes.plot(*zip(*points, strict=True), marker=marker, color=color, markersize=5, label=name)
             axes.set_title(panel)
-            axes.set_yscale("log")
+            axes.set_yscale("log", base=2 if one else 10)
             if not linear_x:
                 axes.set_xscale("log", base=2)
                 places = sorted({place for points in lines.values() for place, _ in points})
                 axes.set_xticks(places, [f"{place:,g}" for place in places])
                 axes.minorticks_off()
             axes.set_xlabel(x)
+        if one:
+            drawn.axes[0].yaxis.set_major_formatter(lambda value, place: f"{value:g}{TIMES}")
         drawn.axes[0].set_ylabel(y)
         for text in drawn.axes[0].legend().get_texts():
             text.set_color(MUTED)

@@ -126,7 +126,7 @@ def test_resuming_needs_a_folder() -> None:
     [
         ({"formats": ()}, "formats is empty; give at least one"),
         ({"formats": ("bf17",)}, "unknown number format 'bf17'"),
-        ({"distributions": ("norml",)}, "did you mean 'normal'"),
+        ({"distributions": ("peak",)}, "did you mean 'peaked'"),
         ({"algorithms": ("baseline",)}, "algorithms='baseline' is not allowed; choose one of 'fa1'"),
         ({"policies": ("papers",)}, "policies='papers'"),
         ({"normalizers": ("none",)}, "normalizers='none'"),

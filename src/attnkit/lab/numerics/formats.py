@@ -26,7 +26,7 @@ class FloatFormat:
     Attributes:
         name: as `parse_format` takes it.
         p: significant bits, the hidden one included; the unit roundoff is 2^-p.
-        emin, emax: exponents of the smallest and the largest normal numbers, 2^emin <= |x| < 2^(emax + 1).
+        emin, emax: exponents of the smallest and the largest normal numbers, whose size lies in 2^emin .. 2^(emax + 1).
         has_inf: whether there are infinities. Without them (E4M3) the topmost code is NaN, the largest number is the one
             below it, and what overflows becomes NaN.
         saturate: what overflows, infinities included, becomes the largest number instead.
@@ -140,7 +140,7 @@ def round_to(
 
 
 def ulp(x: Tensor, fmt: FloatFormat) -> Tensor:
-    """Unit in the last place: the distance of the numbers of `fmt` around |x|, 2^(max(floor(log2|x|), emin) - p + 1).
+    """Unit in the last place: the distance of the numbers of `fmt` around `x`, `2^(max(floor(log2|x|), emin) - p + 1)`.
 
     Args:
         x: any shape, float32 or float64.

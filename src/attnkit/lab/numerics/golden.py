@@ -35,7 +35,7 @@ def golden_attention(
     """softmax(scale Q K^T + mask) V in float64, differentiable by autograd.
 
     Give the inputs as they are stored in the format under test: what storing them has cost is then not counted. With
-    `v.abs()` in the place of `v` the result is sum_j P_ij |V_jd|, the size of the terms that each element is a sum of;
+    `v.abs()` in the place of `v` the result is `sum_j P_ij |V_jd|`, the size of the terms that each element is a sum of;
     `deviation` takes it as `row_scale`.
 
     Args:

@@ -29,9 +29,9 @@ class Deviation:
         max_abs, mean_abs, rms: of e.
         rel_fro: norm of e over that of the true value.
         cos: 1 - cosine of the angle between the two.
-        ulp_max, ulp_p99, ulp_mean: |e| in units in the last place of the true value; at most 0.5 where the result is the
+        ulp_max, ulp_p99, ulp_mean: size of e in units in the last place of the true value; at most 0.5 where the result is the
             true value rounded to nearest. Large where the true value is small by cancellation.
-        ulp_row_max: |e| in units in the last place of the row scale, which does not cancel; this one is fit for limits.
+        ulp_row_max: size of e in units in the last place of the row scale, which does not cancel; this one is fit for limits.
         bias_ulp: mean of e in units in the last place.
         z: that mean in standard errors, with rows as samples: elements of a row share the rounding of its probabilities.
         bits_lost: log2 of rms over that of the true value rounded to the format.
@@ -58,7 +58,8 @@ def deviation(out: Tensor, golden: Tensor, fmt: FloatFormat, row_scale: Tensor |
         out: [..., D], any float dtype.
         golden: the same shape, float64.
         fmt: the format whose units errors are counted in.
-        row_scale: the same shape, sum_j P_ij |V_jd|, which is `golden_attention(q, k, v.abs())`; None takes |golden|.
+        row_scale: the same shape, `sum_j P_ij |V_jd|`, which is `golden_attention(q, k, v.abs())`; None takes
+            the size of the true value.
     Raises:
         ShapeError: shapes differ.
         InputError: nothing to compare, or the true value is not finite.
