@@ -75,7 +75,7 @@ def command(
     q, k, v = (round_to(t.double(), fmt).to(place) for t in drawn)
     sites = SitePolicy.preset(policy, fmt)
     found = attribute_sites(q, k, v, sites, fmt, mode=mode, algorithm=algorithm, block_k=block)
-    meaning = {**FORWARD_SITES, "all": "everything that the policy rounds"}
+    meaning = {**FORWARD_SITES, "accumulator": "partial sums inside products", "all": "everything that the policy rounds"}
     document = report.envelope(
         "attnkit.sites/1",
         [{"site": site, "what": meaning[site], **dataclasses.asdict(row)} for site, row in found.items()],

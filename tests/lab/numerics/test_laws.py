@@ -92,6 +92,21 @@ def test_float32_statistics_take_the_laws_of_tiles_away() -> None:
         assert (errors < 0.7 * measured(BF16, length, 16, "baseline")).all()
 
 
+@pytest.mark.parametrize(("value_mean", "factor"), [(1.0, 2.5), (3.0, 8.0)])
+def test_the_consistent_normaliser_takes_the_mean_of_the_values_out_of_a_kernels_error(
+    value_mean: float, factor: float
+) -> None:
+    """Before the result is rounded, which would hide it."""
+    q, k, v = drawn(BF16, 1024, width=64, batch=SEEDS)
+    v = round_to(value_mean + 0.3 * v, BF16)
+    policy, golden = SitePolicy.preset("kernel", BF16, {"O_out": None}), golden_attention(q, k, v)
+    exact, consistent = (
+        rms(emulated_attention(q, k, v, policy=policy, algorithm="fa2", normalizer=normalizer), golden)
+        for normalizer in ("exact", "consistent")  # type: ignore[arg-type]
+    )
+    assert (exact > factor * consistent).all()
+
+
 def test_ten_times_the_baseline_with_16_bit_statistics_and_half_of_it_with_float32() -> None:
     """Both facts, for 4,096 tokens and tiles of 16, in root mean squares; largest errors hang on a single element."""
     q, k, v = drawn(BF16, 4096, width=64)

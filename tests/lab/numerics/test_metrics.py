@@ -92,6 +92,16 @@ def test_one_site_out() -> None:
     assert found["O_acc"].rms < 0.8 * found["all"].rms
 
 
+def test_the_accumulator_is_a_site_of_its_own() -> None:
+    inputs, policy = drawn(BF16, 64), SitePolicy.preset("all", BF16)
+    found = attribute_sites(*inputs, policy, BF16, block_k=16)
+    assert list(found)[-2:] == ["accumulator", "all"]
+    assert found["m"].rms < 1e-15
+    assert found["accumulator"].rms > found["P"].rms
+    without = attribute_sites(*inputs, policy, BF16, mode="one_out", block_k=16)["accumulator"]
+    assert without == attribute_sites(*inputs, SitePolicy.preset("paper", BF16), BF16, block_k=16)["all"]
+
+
 def test_the_baseline_has_three_sites() -> None:
     found = attribute_sites(*drawn(BF16, 64), SitePolicy.preset("paper", BF16), BF16, algorithm="baseline")
     assert list(found) == ["S_scale", "P", "O_out", "all"]

@@ -1,7 +1,7 @@
 """How far a result is from the true value, and which rounding is to blame."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from attnkit._core.errors import InputError, ShapeError
 from attnkit.lab.numerics.emulate import Normalizer, emulated_attention
 from attnkit.lab.numerics.formats import FloatFormat, round_to, ulp
 from attnkit.lab.numerics.golden import golden_attention
-from attnkit.lab.numerics.policy import FORWARD_SITES, SitePolicy
+from attnkit.lab.numerics.policy import ACCUMULATOR, FORWARD_SITES, SitePolicy
 from attnkit.lab.numerics.recurrences import Algorithm
 
 __all__ = ["Deviation", "attribute_sites", "deviation"]
@@ -115,7 +115,7 @@ def attribute_sites(
         algorithm, block_k, causal, normalizer: as of `emulated_attention`.
     Returns:
         site -> deviation, for every site that the algorithm has and the policy rounds, in the order of the computation;
-        then "all", every site of the policy.
+        then "accumulator" where the policy has one, and "all", every site of the policy.
     Raises:
         what `emulated_attention` raises, and OptionError for an unknown mode.
     """
@@ -123,15 +123,14 @@ def attribute_sites(
     golden = golden_attention(q, k, v, causal=causal)
     scale = golden_attention(q, k, v.abs(), causal=causal)
 
-    def measure(sites: Iterable[str]) -> Deviation:
-        chosen = policy.only({site: policy.sites[site] for site in sites})
+    def measure(sites: Collection[str]) -> Deviation:
         out = emulated_attention(
-            q, k, v, policy=chosen, algorithm=algorithm, block_k=block_k, causal=causal, normalizer=normalizer
+            q, k, v, policy=policy.only(sites), algorithm=algorithm, block_k=block_k, causal=causal, normalizer=normalizer
         )
         return deviation(out, golden, fmt, scale)
 
     known = _STORED if algorithm == "baseline" else tuple(FORWARD_SITES)
-    present = [site for site in known if site in policy.sites]
+    present = [site for site in known if site in policy.sites] + [ACCUMULATOR] * (policy.accumulator is not None)
     alone = {site: [site] if mode == "one_in" else [other for other in present if other != site] for site in present}
     return {site: measure(sites) for site, sites in alone.items()} | {"all": measure(present)}
 

@@ -1,6 +1,6 @@
 """Where an algorithm rounds, and to what: named sites, and the presets that papers and kernels amount to."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +11,7 @@ from attnkit._core.checks import check_choice
 from attnkit._core.errors import OptionError
 from attnkit.lab.numerics.formats import FP32, FP64, FloatFormat, Mode, round_to
 
-__all__ = ["BACKWARD_SITES", "FORWARD_SITES", "PRESETS", "Preset", "Rounding", "SitePolicy"]
+__all__ = ["ACCUMULATOR", "BACKWARD_SITES", "FORWARD_SITES", "PRESETS", "Preset", "Rounding", "SitePolicy"]
 
 FORWARD_SITES: Mapping[str, str] = {
     "S": "products q k, before scaling",
@@ -36,6 +36,7 @@ BACKWARD_SITES: Mapping[str, str] = {
     "dV_acc": "running gradient of v",
     "grad_out": "gradients as they are stored",
 }
+ACCUMULATOR = "accumulator"  # as a site of its own, where sites are compared
 _SITES = (*FORWARD_SITES, *BACKWARD_SITES)
 Preset = Literal["paper", "kernel", "autocast_ref", "all"]
 PRESETS: tuple[Preset, ...] = ("paper", "kernel", "autocast_ref", "all")
@@ -112,9 +113,10 @@ class SitePolicy:
                 sites[site] = Rounding(rounding) if isinstance(rounding, FloatFormat) else rounding
         return cls(name, sites, low if name == "all" else None)
 
-    def only(self, sites: Mapping[str, Rounding]) -> "SitePolicy":
-        """The same accumulator with other roundings."""
-        return SitePolicy(self.name, sites, self.accumulator, self.accum_block)
+    def only(self, sites: Collection[str]) -> "SitePolicy":
+        """The policy at some of its sites; ACCUMULATOR among them keeps the accumulator."""
+        kept = {site: self.sites[site] for site in sites if site != ACCUMULATOR}
+        return SitePolicy(self.name, kept, self.accumulator if ACCUMULATOR in sites else None, self.accum_block)
 
     def round(self, site: str, x: Tensor, generator: torch.Generator | None) -> Tensor:
         """Round a tensor of that site."""
