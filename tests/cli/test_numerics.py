@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnkit.cli import main
+from attnkit.report import write_json
 
 BRIEF = ("--formats", "bf16", "--lengths", "64", "--blocks", "8", "--seeds", "2", "--dim", "16", "--device", "cpu")
 
@@ -45,9 +46,14 @@ def test_sweep_passes_every_option_on(tmp_path: Path) -> None:
     keys = ("format", "distribution", "length", "seed", "algorithm", "policy", "normalizer")
     assert {tuple(row[key] for key in keys) for row in rows} == {("fp16", "value-mean", 32, 7, "fa1", "kernel", "consistent")}
     assert [row["block"] for row in rows] == [4, 8]
-    again = loaded(run("sweep", *BRIEF, "--out", tmp_path / "other", "--json"))
-    resumed = loaded(run("sweep", *BRIEF, "--out", tmp_path / "other", "--json", "--resume"))
-    assert resumed["rows"] == again["rows"]
+
+
+def test_sweep_keeps_what_is_done(tmp_path: Path) -> None:
+    first = loaded(run("sweep", *BRIEF, "--out", tmp_path, "--json"))
+    first["rows"][0]["rms"] = 123.0
+    write_json(tmp_path / "sweep.json", first)
+    assert loaded(run("sweep", *BRIEF, "--out", tmp_path, "--json", "--resume"))["rows"] == first["rows"]
+    assert loaded(run("sweep", *BRIEF, "--out", tmp_path, "--json"))["rows"] != first["rows"]
 
 
 @pytest.mark.parametrize("mode", ["one_in", "one_out"])
@@ -60,6 +66,8 @@ def test_sites(mode: str, tmp_path: Path) -> None:
     text = resources.files("attnkit.report").joinpath("schemas", "attnkit.sites-1.json").read_text("utf-8")
     jsonschema.validate(document, json.loads(text))
     assert document["mode"] == mode
+    last = next(row for row in document["rows"] if row["site"] == "O_out")
+    assert (last["ulp_max"] <= 0.5) == (mode == "one_in")
     assert {path.name for path in tmp_path.iterdir()} == {"sites.json", "sites.html"}
     assert json.loads((tmp_path / "sites.json").read_text()) == document
     shown = run("sites", "--length", 64, "--block", 8, "--dim", 16, "--mode", mode, "--device", "cpu")

@@ -147,10 +147,10 @@ def _draw_sites(document: Mapping[str, Any]) -> Section:
     ]
     table = Table("Sites", ["site", "what is rounded", "rms", "max", "units of a row", "bias, units"], cells)
     title = "Rms with one rounding alone" if alone else "Rms without one rounding"
-    ordered = [row for row in rows if row["site"] != "all"]
+    ordered = [row for row in rows if row["site"] != "all" and row["rms"] is not None]  # what overflows has none
     if not ordered:
-        return Section("Rounding sites", facts, [table], ["Nothing is rounded."])
-    chosen = (max if alone else min)(ordered, key=lambda row: float(row["rms"]))
+        return Section("Rounding sites", facts, [table], ["No site has a finite deviation."])
+    chosen = (max if alone else min)(ordered, key=lambda row: row["rms"])
     total = next(row["rms"] for row in rows if row["site"] == "all")
     verb = "alone makes" if alone else "left out leaves"
     lead = [f"{chosen['site']} ({chosen['what']}) {verb} an rms of {number(chosen['rms'])}; all sites make {number(total)}."]

@@ -213,6 +213,6 @@ def test_refusals_of_policies() -> None:
     with pytest.raises(OptionError, match="site='Q' is not allowed"):
         SitePolicy.preset("paper", BF16, {"Q": None})
     with pytest.raises(OptionError, match="name='papers' is not allowed"):
-        SitePolicy.preset("papers", BF16)  # type: ignore[arg-type]
+        SitePolicy.preset("papers", BF16)
     with pytest.raises(OptionError, match="accum_block=0 must be at least 1"):
         SitePolicy("mine", accum_block=0)

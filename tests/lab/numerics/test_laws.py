@@ -102,7 +102,7 @@ def test_the_consistent_normaliser_takes_the_mean_of_the_values_out_of_a_kernels
     policy, golden = SitePolicy.preset("kernel", BF16, {"O_out": None}), golden_attention(q, k, v)
     exact, consistent = (
         rms(emulated_attention(q, k, v, policy=policy, algorithm="fa2", normalizer=normalizer), golden)
-        for normalizer in ("exact", "consistent")  # type: ignore[arg-type]
+        for normalizer in ("exact", "consistent")
     )
     assert (exact > factor * consistent).all()
 

@@ -106,4 +106,4 @@ def test_the_baseline_has_three_sites() -> None:
     found = attribute_sites(*drawn(BF16, 64), SitePolicy.preset("paper", BF16), BF16, algorithm="baseline")
     assert list(found) == ["S_scale", "P", "O_out", "all"]
     with pytest.raises(OptionError, match="mode='both' is not allowed"):
-        attribute_sites(*drawn(BF16, 8), SitePolicy.preset("paper", BF16), BF16, mode="both")  # type: ignore[arg-type]
+        attribute_sites(*drawn(BF16, 8), SitePolicy.preset("paper", BF16), BF16, mode="both")

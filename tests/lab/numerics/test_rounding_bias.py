@@ -97,7 +97,7 @@ def test_lagging_by_order_of_the_tiles() -> None:
             algorithm="lagged",
             block_k=32,
             scale=1.0,
-            normalizer=normalizer,  # type: ignore[arg-type]
+            normalizer=normalizer,
         )
         found[normalizer] = abs(deviation(out, golden, BF16).bias_ulp)
     assert found["exact"] >= 0.1

@@ -84,6 +84,7 @@ def test_causal_and_the_normaliser_are_passed_on() -> None:
     plain = one.run()["rows"]
     causal = dataclasses.replace(one, causal=True).run()["rows"]
     assert [row["rms"] for row in plain] != [row["rms"] for row in causal]
+    assert all(row["rel_fro"] < 0.01 for row in causal)
     both = dataclasses.replace(one, normalizers=("exact", "consistent")).run()["rows"]
     assert len({row["rms"] for row in both}) == 3
 
@@ -197,3 +198,12 @@ def test_sites_are_drawn(mode: Any, words: str) -> None:
     extreme = (max if mode == "one_in" else min)((site for site in found if site != "all"), key=lambda site: found[site].rms)
     assert section.lead[0].startswith(f"{extreme} ({extreme}) {words} an rms of {report.number(found[extreme].rms)}")
     assert "Root mean square error by rounding site: S_scale" in report.render_html([document])
+    first, second = sorted((row for row in rows if row["site"] != "all"), key=lambda row: row["rms"], reverse=mode == "one_in")[
+        :2
+    ]
+    overflown = document | {"rows": [row | {"rms": None} if row is first else row for row in rows]}
+    assert report.SECTIONS["attnkit.sites/1"].draw(overflown).lead[0].startswith(second["site"])
+    assert f"{first['site']} -" in report.render_html([overflown])
+    nothing = document | {"rows": [row | {"rms": None} for row in rows]}
+    assert report.SECTIONS["attnkit.sites/1"].draw(nothing).lead == ["No site has a finite deviation."]
+    report.render_html([nothing])
