@@ -80,6 +80,12 @@ def test_a_site_of_the_backward_pass_changes_the_gradients_that_it_is_part_of(si
     assert "".join(name for name, a, b in zip("qkv", got, exact, strict=True) if not identical(a, b)) == TOUCHED[site]
 
 
+def test_the_gradients_of_the_baseline_come_from_the_probabilities_that_it_has_stored() -> None:
+    inputs, policy = drawn(BF16, 32), SitePolicy("one site", {"P": Rounding(custom(4))})
+    exact, got = (gradients(inputs, chosen, algorithm="baseline") for chosen in (SitePolicy("exact"), policy))
+    assert not any(identical(a, b) for a, b in zip(got, exact, strict=True))
+
+
 def leak(stable: Stable, normalizer: Normalizer = "exact", **sites: Any) -> float:
     """Size of the row sums of dS, which are zero in exact arithmetic: where all keys agree in one element, dQ shows them."""
     q, k, v = drawn(BF16, 128, width=32)
@@ -114,7 +120,21 @@ def test_tiles_of_rows_matter_to_gradients_of_keys_and_values_only() -> None:
     assert not identical(first[2], second[2])
 
 
-def test_scores_that_would_be_drawn_again_are_refused() -> None:
-    policy = SitePolicy("stochastic", {"S_scale": Rounding(BF16, "sr")})
-    with pytest.raises(UnsupportedError, match="site S_scale rounds stochastically"):
-        gradients(drawn(BF16, 8), policy, algorithm="fa2")
+def test_inputs_that_were_changed_since_and_second_derivatives_are_refused() -> None:
+    q, k, v = (t.requires_grad_() for t in drawn(FP64, 8))
+    out = emulated_attention(q, k, v, policy=SitePolicy("exact"), algorithm="fa2")
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    out = emulated_attention(q, k, v, policy=SitePolicy("exact"), algorithm="fa2")
+    with torch.no_grad():
+        k.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize(("algorithm", "site"), [("fa2", "S_scale"), ("fa2", "S"), ("baseline", "P")])
+def test_what_would_be_drawn_again_is_refused(algorithm: Algorithm, site: str) -> None:
+    policy = SitePolicy("stochastic", {site: Rounding(BF16, "sr")})
+    with pytest.raises(UnsupportedError, match=f"site {site} rounds stochastically"):
+        gradients(drawn(BF16, 8), policy, algorithm=algorithm)

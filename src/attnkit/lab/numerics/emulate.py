@@ -44,14 +44,14 @@ class EmulationStats:
 def emulated_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: SitePolicy, algorithm: Algorithm = ..., block_q: int = ..., block_k: int = ...,
     causal: bool = ..., mask: Tensor | None = ..., scale: float | None = ..., normalizer: Normalizer = ...,
-    stable: Stable = ..., beta: float = ..., tie_eps: float = ..., shift: Shift | None = ..., lag: float = ...,
+    stable: Stable = ..., beta: float | None = ..., tie_eps: float = ..., shift: Shift | None = ..., lag: float | None = ...,
     swap_axes: bool = ..., kv_order: Order = ..., generator: torch.Generator | None = ..., return_stats: Literal[False] = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def emulated_attention(
     q: Tensor, k: Tensor, v: Tensor, *, policy: SitePolicy, algorithm: Algorithm = ..., block_q: int = ..., block_k: int = ...,
     causal: bool = ..., mask: Tensor | None = ..., scale: float | None = ..., normalizer: Normalizer = ...,
-    stable: Stable = ..., beta: float = ..., tie_eps: float = ..., shift: Shift | None = ..., lag: float = ...,
+    stable: Stable = ..., beta: float | None = ..., tie_eps: float = ..., shift: Shift | None = ..., lag: float | None = ...,
     swap_axes: bool = ..., kv_order: Order = ..., generator: torch.Generator | None = ..., return_stats: Literal[True],
 ) -> tuple[Tensor, EmulationStats]: ...  # fmt: skip
 def emulated_attention(
@@ -68,10 +68,10 @@ def emulated_attention(
     scale: float | None = None,
     normalizer: Normalizer = "exact",
     stable: Stable = "off",
-    beta: float = 4.0,
+    beta: float | None = None,
     tie_eps: float = 0.0,
     shift: Shift | None = None,
-    lag: float = 8.0,
+    lag: float | None = None,
     swap_axes: bool = False,
     kv_order: Order = "forward",
     generator: torch.Generator | None = None,
@@ -97,10 +97,10 @@ def emulated_attention(
         stable: "delta" keeps what storing the output has cut off (in the format of O_out) and adds it where the backward
             pass forms the row sums of dO times O; "exact_delta" forms them as row sums of P times dP; "dynamic_max"
             subtracts `dynamic_max_shift` of the maximum.
-        beta: of the dynamic maximum.
-        tie_eps: scores that far below a row's maximum count as equal to it, where somebody counts.
+        beta: of the dynamic maximum; None means 4.
+        tie_eps: scores that far below a row's maximum count as equal to it, for `shift` or the dynamic maximum.
         shift: another function of (row maximum, number of ties) to subtract, tile by tile.
-        lag: of "lagged", in powers of two: probabilities reach 2^lag.
+        lag: of "lagged", in powers of two: probabilities reach 2^lag; None means 8.
         swap_axes: whether keys are tiled by block_q and rows by block_k.
         kv_order: in which order tiles of keys are visited.
         generator: of roundings with mode "sr"; None means torch's own.
@@ -109,13 +109,12 @@ def emulated_attention(
         [B, T, H, Dv] in float64. Rows that see nothing are zero.
     Raises:
         OptionError: an unknown name or a value outside its range.
-        UnsupportedError: a tile option with "baseline", or a format too narrow for `lag` or the dynamic maximum.
+        UnsupportedError: an option that is of no use to the algorithm, or a format too narrow for `lag` or the dynamic
+            maximum.
         ShapeError, DTypeError, InputError: shapes that do not fit, dtypes that are no floats, NaN or infinities.
     Source: Golden et al. 2024 (arXiv:2405.02803); Qiu & Yao 2025 (arXiv:2510.04212); Dao 2023 (arXiv:2307.08691).
     Complexity: O(T S D) time, some 10 to 50 times that of the golden value; memory of a few tiles.
     """
-    if min(block_q, block_k) < 1 or tie_eps < 0 or lag < 0:
-        raise OptionError(f"block_q={block_q} and block_k={block_k} must be at least 1, tie_eps and lag at least 0")
     for name, value, allowed in (
         ("algorithm", algorithm, ALGORITHMS),
         ("normalizer", normalizer, get_args(Normalizer)),
@@ -123,19 +122,23 @@ def emulated_attention(
         ("kv_order", kv_order, get_args(Order)),
     ):
         check_choice(name, value, allowed)
-    tiled = {
-        "normalizer": normalizer != "exact",
-        "stable": stable != "off",
-        "shift": shift is not None,
-        "kv_order": kv_order != "forward",
-    }
-    if algorithm == "baseline" and any(tiled.values()):
-        named = next(name for name, given in tiled.items() if given)
-        raise UnsupportedError(f"{named} is of no use to algorithm='baseline', which has no tiles; leave it out")
-    if stable == "dynamic_max":
-        if shift is not None:
-            raise OptionError("shift and stable='dynamic_max' both say what is subtracted; give one of them")
-        shift = partial(dynamic_max_shift, beta=beta, cap=_CAP)
+    if min(block_q, block_k) < 1 or tie_eps < 0 or (lag or 0) < 0:
+        raise OptionError(f"block_q={block_q} and block_k={block_k} must be at least 1, tie_eps and lag at least 0")
+    dynamic, lagged = stable == "dynamic_max", algorithm == "lagged"
+    tiled, counted = algorithm != "baseline", dynamic or shift is not None
+    _refuse_idle(
+        ("normalizer", normalizer != "exact", tiled, "tiled algorithms"),
+        ("stable", stable != "off", tiled, "tiled algorithms"),
+        ("shift", shift is not None, tiled, "tiled algorithms"),
+        ("kv_order", kv_order != "forward", tiled, "tiled algorithms"),
+        ("shift", shift is not None, not dynamic, "calls without stable='dynamic_max'"),
+        ("beta", beta is not None, dynamic, "stable='dynamic_max'"),
+        ("tie_eps", tie_eps > 0, counted, "shift and stable='dynamic_max'"),
+        ("lag", lag is not None, lagged, "algorithm='lagged'"),
+    )
+    lag = 8.0 if lag is None else lag
+    if dynamic:
+        shift = partial(dynamic_max_shift, beta=4.0 if beta is None else beta, cap=_CAP)
     _check_range(policy, algorithm, stable, lag)
     rows, keys = (block_k, block_q) if swap_axes else (block_q, block_k)
     emulation = Emulation(
@@ -148,6 +151,13 @@ def emulated_attention(
         return out
     tiles = len(list(emulation.tiles(problem, slice(0, problem.rows))))
     return out, EmulationStats(lse[..., 0], rescales[..., 0].long(), tiles)
+
+
+def _refuse_idle(*options: tuple[str, bool, bool, str]) -> None:
+    """No argument is ignored: (name, whether it was given, whether it is of use, to whom)."""
+    for name, given, useful, whom in options:
+        if given and not useful:
+            raise UnsupportedError(f"{name} is of use to {whom} only; leave it out")
 
 
 def _check_range(policy: SitePolicy, algorithm: Algorithm, stable: Stable, lag: float) -> None:
