@@ -33,6 +33,7 @@ NAMESPACES = [
     "lab.bench",
     "lab.compare",
     "lab.numerics",
+    "lab.numerics.callback",
     "lab.numerics.conformance",
     "lab.tune",
     "models",
@@ -161,6 +162,20 @@ def test_deviation_is_quoted_as_it_was_measured() -> None:
     assert [row for row in quoted if row not in measured] == []
     assert [name for name in FORMATS if f"`{name}`" not in text] == []
     assert {row[1] for row in quoted} <= set(DISTRIBUTIONS)
+
+
+def test_the_reproduction_is_quoted_as_it_was_measured() -> None:
+    from attnkit.report import number, read_envelope
+
+    document = read_envelope(ROOT / "benchmarks" / "results" / "numerics-reproduce-cpu.json")
+    text = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    measured = {(row["name"], number(row["bias_ulp"])) for row in document["rows"][:10]}
+    part = text[text.index("## A failure, scaled down") :]
+    quoted = [tuple(line.strip("| ").split(" | ")) for line in part.splitlines() if re.match(r"\| r", line)]
+    assert len(quoted) == 5
+    assert set(quoted) <= measured
+    assert max(abs(row["z"]) for row in document["rows"] if row["part"] == "training") < 2.5
+    assert max(row["error"] for row in document["rows"] if row["part"] == "algebra") < 2e-13
 
 
 def test_methods_are_described() -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "resume_option",
+    "section_of",
     "seed_option",
     "verb",
     "warn",
@@ -193,6 +194,18 @@ def emit(result: Mapping[str, Any], as_json: bool, *tables: "RenderableType") ->
     console = Console(width=min(terminal, TABLE_WIDTH), markup=False, highlight=False, emoji=False)
     for table in tables:
         console.print(table)
+
+
+def section_of(result: Mapping[str, Any]) -> "list[RenderableType]":
+    """What a result's page says, without its pictures: tables with their notes, and what came out."""
+    from attnkit.report import SECTIONS, Table, table
+
+    section = SECTIONS[result["schema"]].draw(result)
+    shown: list[RenderableType] = []
+    for block in section.blocks:
+        if isinstance(block, Table):
+            shown += [table(block.headers, block.rows, title=block.title), block.note, ""]
+    return [*shown, *section.lead]
 
 
 def warn(message: str) -> None:

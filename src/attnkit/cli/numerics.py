@@ -2,12 +2,18 @@
 
 import click
 
-from attnkit.cli import numerics_sites, numerics_sweep
+from attnkit.cli import numerics_localise, numerics_probe, numerics_reproduce, numerics_sites, numerics_sweep
 
 __all__ = ["command"]
 
 command = click.Group(
     "numerics",
-    commands=[numerics_sweep.command, numerics_sites.command],
-    help="Deviation from float64: over formats, lengths and tiles, and by rounding site.",
+    commands=[
+        numerics_sweep.command,
+        numerics_sites.command,
+        numerics_probe.command,
+        numerics_localise.command,
+        numerics_reproduce.command,
+    ],
+    help="Deviation from float64: over formats, lengths and tiles, and by rounding site; rounding in models that are trained.",
 )

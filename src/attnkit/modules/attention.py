@@ -1,14 +1,17 @@
 """The softmax attention mixer."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
-from attnkit._core.checks import accumulator_dtype
+from attnkit._core.checks import accumulator_dtype, check_choice
 from attnkit._core.errors import OptionError
 from attnkit.modules.mixing import MixerContext, Shared
 from attnkit.modules.projection import project
 from attnkit.modules.rotary import rotate
 from attnkit.ops.attention.api import attention
-from attnkit.ops.attention.call import MAX_WIDTH, MIN_WIDTH
+from attnkit.ops.attention.call import MAX_WIDTH, MIN_WIDTH, STABLE
 
 __all__ = ["SoftmaxAttention"]
 
@@ -27,8 +30,12 @@ class SoftmaxAttention(nn.Module):
         window: keys that a token sees, itself counted; where attention is not causal, as many on the other side. None: all.
         rope: turn queries and keys by `context.rope`.
         bias: of all four projections.
+        stable: what is done against biased rounding, as of `attnkit.ops.attention`; an attribute, which may change in training.
+    Attributes:
+        operator: what is called for the attention itself, with the arguments of `attnkit.ops.attention`; instruments put
+            themselves in its place.
     Raises:
-        OptionError: heads that do not divide, a width outside its range, or a window below 1.
+        OptionError: heads that do not divide, a width outside its range, a window below 1, or an unknown `stable`.
     Source: Vaswani et al. 2017 (arXiv:1706.03762); grouped heads as in Ainslie et al. 2023 (arXiv:2305.13245).
 
     >>> import torch
@@ -48,8 +55,10 @@ class SoftmaxAttention(nn.Module):
         window: int | None = None,
         rope: bool = True,
         bias: bool = False,
+        stable: str = "off",
     ) -> None:
         super().__init__()
+        check_choice("stable", stable, STABLE)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise OptionError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
@@ -63,7 +72,8 @@ class SoftmaxAttention(nn.Module):
             raise OptionError(
                 f"head_dim={head_dim} is outside {MIN_WIDTH}..{MAX_WIDTH}, the widths that attention has kernels for"
             )
-        self.head_dim, self.layer_idx, self.window, self.rope = head_dim, layer_idx, window, rope
+        self.head_dim, self.layer_idx, self.window, self.rope, self.stable = head_dim, layer_idx, window, rope, stable
+        self.operator: Callable[..., Any] = attention
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -89,15 +99,12 @@ class SoftmaxAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: MixerContext) -> Tensor:
         window = None if self.window is None else (self.window - 1, 0 if context.causal else self.window - 1)
+        options: dict[str, Any] = {"causal": context.causal, "window_size": window, "stable": self.stable}
         if context.cu_seqlens is None:
-            bias = context.key_bias(k.shape[1], accumulator_dtype(q.dtype))
-            out = attention(q, k, v, causal=context.causal, window_size=window, key_bias=bias)
+            options["key_bias"] = context.key_bias(k.shape[1], accumulator_dtype(q.dtype))
         else:
             q, k, v = q[0], k[0], v[0]
-            cu, longest = context.cu_seqlens, context.max_seqlen
-            out = attention(
-                q, k, v, causal=context.causal, window_size=window,
-                cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-            )  # fmt: skip
-        assert isinstance(out, Tensor)  # return_lse is off
+            for side in "qk":
+                options |= {f"cu_seqlens_{side}": context.cu_seqlens, f"max_seqlen_{side}": context.max_seqlen}
+        out: Tensor = self.operator(q, k, v, **options)
         return out if context.cu_seqlens is None else out[None]

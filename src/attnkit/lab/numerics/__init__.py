@@ -4,6 +4,9 @@
 named sites (`SitePolicy`) in any format (`FloatFormat`), and its gradients likewise. `deviation` compares,
 `attribute_sites` says which rounding is to blame, `DeviationSweep` measures over formats, lengths and tiles. `conformance`
 judges real operators.
+
+`RoundingBiasProbe` looks at one call of a real training, `StabilityMonitor` at a whole one, `localise` says which layer and
+head an error comes from, and `Reproduction` shows on small models what it does.
 """
 
 from attnkit.lab.numerics.emulate import EmulationStats, emulated_attention
@@ -24,8 +27,12 @@ from attnkit.lab.numerics.formats import (
 )
 from attnkit.lab.numerics.golden import golden_attention
 from attnkit.lab.numerics.inputs import DISTRIBUTIONS, Distribution, tied_maxima
+from attnkit.lab.numerics.localiser import localise
 from attnkit.lab.numerics.metrics import Deviation, attribute_sites, deviation
+from attnkit.lab.numerics.monitor import StabilityMonitor
 from attnkit.lab.numerics.policy import BACKWARD_SITES, FORWARD_SITES, Rounding, SitePolicy
+from attnkit.lab.numerics.probe import Probed, ProbeReport, RoundingBiasProbe
+from attnkit.lab.numerics.reproduce import Reproduction
 from attnkit.lab.numerics.shift import dynamic_max_shift
 from attnkit.lab.numerics.sweep import DeviationSweep
 
@@ -58,4 +65,10 @@ __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
     "tied_maxima",
+    "RoundingBiasProbe",
+    "ProbeReport",
+    "Probed",
+    "StabilityMonitor",
+    "localise",
+    "Reproduction",
 ]

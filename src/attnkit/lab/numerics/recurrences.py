@@ -17,7 +17,8 @@ __all__ = ["ALGORITHMS", "Algorithm", "Emulation", "Result", "forward"]
 Algorithm = Literal["baseline", "fa1", "fa2", "lagged"]
 ALGORITHMS: tuple[Algorithm, ...] = ("baseline", "fa1", "fa2", "lagged")
 
-_TILE_ELEMENTS = 2**17  # scores of a step: what stays in a cache
+_TILE_ELEMENTS = 2**17  # scores of a step on a CPU: what stays in a cache
+_GPU_TILE_ELEMENTS = 2**23  # there launches are what costs
 _ROW_ELEMENTS = 2**20
 
 
@@ -89,7 +90,8 @@ class Result:
 def forward(emulation: Emulation, problem: Problem) -> Result:
     """Run the algorithm on every row."""
     whole = emulation.algorithm == "baseline"
-    width, elements = (problem.keys, _ROW_ELEMENTS) if whole else (emulation.block_k, _TILE_ELEMENTS)
+    tile_elements = _TILE_ELEMENTS if problem.q.device.type == "cpu" else _GPU_TILE_ELEMENTS
+    width, elements = (problem.keys, _ROW_ELEMENTS) if whole else (emulation.block_k, tile_elements)
     run = {"baseline": _baseline, "fa1": _normalised}.get(emulation.algorithm, _unnormalised)
     parts = [run(emulation, problem, rows) for rows in problem.row_slices(width, elements)]
     return Result(*(torch.cat([getattr(part, name) for part in parts], -2) for name in ("out", "rest", "lse", "rescales")))

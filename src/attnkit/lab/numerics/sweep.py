@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +18,7 @@ from attnkit.lab.numerics.emulate import Normalizer, emulated_attention
 from attnkit.lab.numerics.formats import parse_format, round_to
 from attnkit.lab.numerics.golden import golden_attention
 from attnkit.lab.numerics.inputs import DISTRIBUTIONS
+from attnkit.lab.numerics.memory import Memory
 from attnkit.lab.numerics.metrics import deviation
 from attnkit.lab.numerics.policy import PRESETS, Preset, SitePolicy
 from attnkit.lab.numerics.recurrences import ALGORITHMS, Algorithm
@@ -115,14 +115,23 @@ class DeviationSweep:
             UnsupportedError: what `emulated_attention` refuses.
         """
         place = torch.device(device)
-        memory = _Memory(out, self, device_name(place), command or f"attnkit.lab.numerics.{self!r}.run()", resume=resume)
+        memory = Memory(
+            None if out is None else out / f"{_FILE}.json",
+            schema=SCHEMA,
+            what="sweep",
+            rules={name: getattr(self, name) for name in _RULES},
+            command=command or f"attnkit.lab.numerics.{self!r}.run()",
+            device=device_name(place),
+            dtype=", ".join(self.formats),
+            resume=resume,
+        )
         cells = [_Cell(*values) for values in itertools.product(self.formats, self.distributions, self.lengths, self.seeds)]
         todo = [cell for cell in cells if str(cell) not in memory.finished]
         done = len(cells) - len(todo)
         tell = on_event or (lambda event: None)
         tell(Event("plan", f"{len(cells)} sets of inputs", done, len(cells)))
         for count, cell in enumerate(todo, done + 1):
-            memory.add(cell, list(self._measure(cell, place)))
+            memory.add(str(cell), list(self._measure(cell, place)))
             tell(Event("step", str(cell), count, len(cells)))
         document = memory.save(complete=True)
         if out is not None:
@@ -158,64 +167,6 @@ class DeviationSweep:
 
 _RATIOS = {"max": "max_abs", "rms": "rms"}
 _RULES = ("blocks", "algorithms", "policies", "normalizers", "width", "causal")  # what all rows of a file have in common
-
-
-class _Memory:
-    """The result file, written after every set of inputs and read to go on."""
-
-    def __init__(self, out: Path | None, sweep: DeviationSweep, device: str, command: str, *, resume: bool) -> None:
-        if resume and out is None:
-            raise OptionError("resume=True needs out, the folder of the sweep to continue")
-        self._path = None if out is None else out / f"{_FILE}.json"
-        self._sweep, self._device, self._command = sweep, device, command
-        self._began, self._spent = time.perf_counter(), 0.0
-        self._rows: list[dict[str, Any]] = []
-        self.finished: list[str] = []
-        if self._path is None or not self._path.exists():
-            return
-        stored = report.read_envelope(self._path)
-        if resume:
-            self._require_same(stored)
-            self._rows, self.finished, self._spent = stored["rows"], stored["finished"], stored["wall_s"]
-        elif not stored.get("complete", True):
-            raise OptionError(
-                f"{self._path} is an unfinished sweep; continue it with resume (--resume), choose another out (--out), or "
-                "delete it"
-            )
-
-    def add(self, cell: _Cell, rows: list[dict[str, Any]]) -> None:
-        """Record one set of inputs."""
-        self._rows += rows
-        self.finished.append(str(cell))
-        self.save(complete=False)
-
-    def save(self, *, complete: bool) -> dict[str, Any]:
-        """Put everything on disk, whole or not at all, and return it."""
-        document = report.envelope(
-            SCHEMA,
-            self._rows,
-            command=self._command,
-            seed=None,
-            device=self._device,
-            dtype=", ".join(self._sweep.formats),
-            wall_s=self._spent + time.perf_counter() - self._began,
-            extra=self._rules() | {"finished": self.finished, "complete": complete},
-        )
-        if self._path is not None:
-            report.write_json(self._path, document)
-        return document
-
-    def _rules(self) -> dict[str, Any]:
-        return {name: getattr(self._sweep, name) for name in _RULES}
-
-    def _require_same(self, stored: Mapping[str, Any]) -> None:
-        now = report.plain(self._rules() | {"schema": SCHEMA, "device": self._device, "versions": report.versions()})
-        for name, value in now.items():
-            if stored.get(name) != value:
-                raise OptionError(
-                    f"cannot resume {self._path}: it was started with {name}={stored.get(name)}, this call has {value}; "
-                    "repeat the first call, or choose another out"
-                )
 
 
 def _ratio(value: float, base: float) -> float | None:

@@ -1,0 +1,88 @@
+"""`attnkit numerics localise`: which layer and head an error comes from, and what removes it."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from attnkit.cli._common import (
+    device_option,
+    emit,
+    json_option,
+    out_option,
+    quiet_option,
+    resolve_device,
+    section_of,
+    seed_option,
+    verb,
+)
+from attnkit.cli._listener import Listener
+
+__all__ = ["command"]
+
+
+@verb(
+    "localise",
+    examples=(
+        "attnkit numerics localise --model runs/novels",
+        "attnkit numerics localise --model runs/novels --batches 40 --out runs/novels/localise",
+    ),
+    python="from attnkit.lab.numerics import localise\nfound = localise(model, batches)['found']",
+    memory_hint="use a shorter --length or a smaller --batch",
+)
+@click.option(
+    "--model", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, metavar="DIR",
+    help="The --out of a finished attnkit train.",
+)  # fmt: skip
+@click.option("--text", metavar="ASSET|FILE", help="What it reads.  [default: the one it was trained on]")
+@click.option("--batches", type=click.IntRange(min=8), default=20, show_default=True, help="Samples of each head.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of a batch.")
+@click.option("--length", type=click.IntRange(min=2), help="Tokens of a sequence.  [default: 256, or what the model has]")
+@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Sampled rows of a call.")
+@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of matrix products.")
+@device_option
+@seed_option
+@out_option
+@json_option
+@quiet_option
+def command(
+    model: Path,
+    text: str | None,
+    batches: int,
+    batch: int,
+    length: int | None,
+    rows: int,
+    precision: str,
+    device: str,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run the same batches with one thing changed at a time, and name the head whose error leans one way.
+
+    Writes localise.json and localise.html where --out says.
+
+    Exit codes: 3 text or package not installed; 4 bad input; 5 no such device or out of memory; 6 a head leans one way.
+    """
+    place = resolve_device(device)
+    from attnkit import report
+    from attnkit._core.errors import CheckFailed
+    from attnkit.lab.numerics import localise
+    from attnkit.lab.numerics.recorded import read_batches
+
+    loaded, read = read_batches(model, text, batches=batches, batch=batch, length=length, seed=seed, device=place)
+    advice = "nothing is kept; fewer --batches take less time"
+    with Listener("localising", out or Path(), silent=quiet or as_json, advice=advice, unit="changes").listening() as listener:
+        document = localise(
+            loaded, list(read), rows=rows, precision=precision, command=shlex.join(["attnkit", *sys.argv[1:]]),
+            on_event=listener.hear,
+        )  # fmt: skip
+    if out is not None:
+        report.write_json(out / "localise.json", document)
+        report.write_html(out / "localise.html", [document])
+    emit(document, as_json, *section_of(document))
+    found = document["found"]
+    if found is not None:
+        raise CheckFailed(f"{found['layer']}, head {found['head']}: eps leans one way (z = {found['z']:.1f})")

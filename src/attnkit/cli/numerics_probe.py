@@ -1,0 +1,93 @@
+"""`attnkit numerics probe`: what rounding does to the attention of a trained model, head by head."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from attnkit.cli._common import (
+    device_option,
+    emit,
+    json_option,
+    out_option,
+    quiet_option,
+    resolve_device,
+    section_of,
+    seed_option,
+    verb,
+)
+from attnkit.cli._progress import Progress
+
+__all__ = ["command"]
+
+
+@verb(
+    "probe",
+    examples=(
+        "attnkit numerics probe --model runs/novels",
+        "attnkit numerics probe --model runs/novels --text notes.txt --batches 50 --out runs/novels/probe",
+    ),
+    python=(
+        "from attnkit.lab.numerics import StabilityMonitor\n"
+        "monitor = StabilityMonitor(model, every=1)  # then loss.backward() and monitor.step(), batch by batch\n"
+        "monitor.report()"
+    ),
+    memory_hint="use a shorter --length or a smaller --batch",
+)
+@click.option(
+    "--model", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, metavar="DIR",
+    help="The --out of a finished attnkit train.",
+)  # fmt: skip
+@click.option("--text", metavar="ASSET|FILE", help="What it reads.  [default: the one it was trained on]")
+@click.option("--batches", type=click.IntRange(min=1), default=25, show_default=True, help="Samples of each head.")
+@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of a batch.")
+@click.option("--length", type=click.IntRange(min=2), help="Tokens of a sequence.  [default: 256, or what the model has]")
+@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Sampled rows of a call.")
+@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of matrix products.")
+@device_option
+@seed_option
+@out_option
+@json_option
+@quiet_option
+def command(
+    model: Path,
+    text: str | None,
+    batches: int,
+    batch: int,
+    length: int | None,
+    rows: int,
+    precision: str,
+    device: str,
+    seed: int,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read batches forward and backward, without training, and say how attention's rounding leans in each head.
+
+    Writes probe.json and probe.html where --out says.
+
+    Exit codes: 3 text or package not installed; 4 bad input; 5 no such device or out of memory.
+    """
+    place = resolve_device(device)
+    import torch
+
+    from attnkit import report
+    from attnkit.lab.numerics import StabilityMonitor
+    from attnkit.lab.numerics.recorded import read_batches
+
+    loaded, read = read_batches(model, text, batches=batches, batch=batch, length=length, seed=seed, device=place)
+    progress = Progress("probing", batches, silent=quiet or as_json)
+    with StabilityMonitor(loaded, every=1, rows=rows) as monitor, progress:
+        for fields in read:
+            with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+                loaded(**fields).loss.backward()
+            loaded.zero_grad()
+            monitor.step()
+            progress.advance()
+    document = monitor.report(shlex.join(["attnkit", *sys.argv[1:]]))
+    if out is not None:
+        report.write_json(out / "probe.json", document)
+        report.write_html(out / "probe.html", [document])
+    emit(document, as_json, *section_of(document))
