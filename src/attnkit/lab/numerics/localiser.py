@@ -49,8 +49,8 @@ def localise(
         command: to record.
         on_event: told the progress.
     Returns:
-        the envelope of attnkit.localise/1: a row for each change, layer and head, with the mean of eps in terms of |delta|,
-        its z and what else the probe says; `found`, the layer and head with the largest |z| if that is above 4.5, with the
+        the envelope of attnkit.localise/1: a row for each change, layer and head, with the mean of eps in terms of abs(delta),
+        its z and what else the probe says; `found`, the layer and head with the largest abs(z) if that is above 4.5, with the
         changes that bring its z below and its mean to a third; or None.
     Raises:
         InputError: too few batches, or NaN.

@@ -38,7 +38,7 @@ class StabilityMonitor:
     uncompiled (`torch.compiler.set_stance`), which takes longer and more memory; what is judged is that form of them. Under
     gradient checkpointing a layer is looked at once. In distributed training the first process looks, and all act alike.
 
-    The measure is eps in terms of |delta|, one number a head and sample. Levels, from what is seen of a head and a layer:
+    The measure is eps in terms of abs(delta), one number a head and sample. Levels, from what is seen of a head and a layer:
 
     - watch: in 5 % of the rows or more two probabilities round to 1, and a channel's values lie two standard deviations off 0;
     - warn: over the last 50 samples (20 at least) eps leans one way by 6 standard deviations;
@@ -56,7 +56,7 @@ class StabilityMonitor:
         events: {"step", "layer", "level", "heads", "text"} of every rise of a layer's level, and of gradients that were not
             finite and so were left out (level "left out").
         history: {"step", "layer", "head", "stable", "eps_total", "z", "norm_q" ..} of every sample, for the head with the
-            largest |z|.
+            largest abs(z).
     Raises:
         UnsupportedError: no such layer.
         OptionError: a number below 1, or an unknown action.

@@ -37,7 +37,7 @@ class ProbeReport:
     Attributes:
         rows: how many were sampled.
         eps_bias: delta as the backward pass forms it, less delta in float64; None without the gradient of the output.
-        delta_size: |delta| in float64, what `eps_bias` is to be compared with; None as above.
+        delta_size: abs(delta) in float64, what `eps_bias` is to be compared with; None as above.
         shift_leak: sum of a row's score gradients, which is 0 in exact arithmetic, in terms of `delta_size`; None as above.
             It is -eps_bias / delta_size where the log-sum-exp is exact.
         o_bias: error of the stored output away from zero, in units in the last place: mean error over mean unit, since the
@@ -46,7 +46,7 @@ class ProbeReport:
         sink_mass: probability of the first key that a row sees.
         entropy: of the probabilities, nats.
         max_logit: largest scaled score of all rows.
-        v_anisotropy: largest |mean| / standard deviation of a channel of the values, over the keys.
+        v_anisotropy: largest abs(mean) / standard deviation of a channel of the values, over the keys.
     """
 
     rows: int
@@ -236,7 +236,7 @@ def _facts(scores: Tensor, raw: Tensor, p: Tensor, fmt: FloatFormat, seen: Tenso
 
 
 def _lean(values: Tensor, seen: Tensor) -> Tensor:
-    """[Hkv]: the largest |mean| / standard deviation of a channel, over the keys that some sampled row sees."""
+    """[Hkv]: the largest abs(mean) / standard deviation of a channel, over the keys that some sampled row sees."""
     weight = seen.any(-2)[..., None].double().expand(*values.shape[:-1], 1)
     count = weight.sum((0, 2, 3))
     mean = (weight * values).sum((0, 2, 3)) / count
