@@ -51,15 +51,15 @@ def test_float64_equals_the_definition() -> None:
             assert (a - b).abs().max() < 64 * torch.finfo(torch.float64).eps * b.abs().max()
 
 
-@pytest.mark.parametrize("form", ["batched", "packed", "selected rows"])
-def test_opcheck(form: str) -> None:
+@pytest.mark.parametrize(("form", "stable"), [("batched", "off"), ("packed", "delta"), ("selected rows", "exact_delta")])
+def test_opcheck(form: str, stable: str) -> None:
     q, k, v = _qkv(20, grad=True)
     sinks, bias = torch.randn(4, requires_grad=True), torch.randn(2, 20, requires_grad=True)
     cu = torch.tensor([0, 5, 5, 20], dtype=torch.int32) if form == "packed" else None
     pos = torch.randint(0, 20, (2, 20)) if form == "selected rows" else None
     if cu is not None:
         q, k, v, bias = (t[0].detach().requires_grad_() for t in (q, k, v, bias))
-    opcheck(torch.ops.attnkit.attention.default, (q, k, v, sinks, bias, cu, cu, pos, 0.25, 4, 0, 2.0, torch.float32))
+    opcheck(torch.ops.attnkit.attention.default, (q, k, v, sinks, bias, cu, cu, pos, 0.25, 4, 0, 2.0, stable, torch.float32))
 
 
 def test_compiles_without_a_break() -> None:
@@ -170,11 +170,11 @@ def test_no_matrix_of_all_pairs(options: dict[str, Any]) -> None:
 
     bias = options.get("key_bias")
     left, right = options.get("window_size", (-1, 0))
-    args = (k.detach(), v.detach(), None, bias, None, None, None, 0.25, left, right, options.get("softcap", 0.0))
+    args = (k.detach(), v.detach(), None, bias, None, None, None, 0.25, left, right, options.get("softcap", 0.0), "off")
     with _Largest() as largest, torch.no_grad():
         inputs = (q.detach(), *args)
-        out, lse = _register._blockwise_forward(inputs, torch.float32)
-        _register._blockwise_backward(inputs, torch.ones_like(out), torch.ones_like(lse), out, lse, False)
+        out, lse, rest = _register._blockwise_forward(inputs, torch.float32)
+        _register._blockwise_backward(inputs, torch.ones_like(out), torch.ones_like(lse), out, lse, rest, False)
     assert largest.numel <= rows * 1024
 
 

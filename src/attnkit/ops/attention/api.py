@@ -28,6 +28,7 @@ def attention(
     return_lse: bool = False,
     out_dtype: torch.dtype | None = None,
     deterministic: bool | None = None,
+    stable: str = "off",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention.
@@ -52,6 +53,10 @@ def attention(
         return_lse: also return the log-sum-exp; gradients flow through it.
         out_dtype: q's dtype, or float32 where results are merged later.
         deterministic: True allows only backends that give the same bits every time, None any.
+        stable: what is done against biased rounding in 16 bits (docs/numerics.md), in our own kernels only:
+            "delta" keeps what rounding took from the output for the backward pass (2 bytes an element), "exact_delta"
+            recomputes the sum of p * dp there (two more matrix products), "dynamic_max" moves a maximum that several keys
+            share. All three divide by the sum of the probabilities as they were rounded.
         backend: "auto", "fa4", "cudnn", "sdpa", "triton", "torch" or "reference"; a named one never falls back.
     Returns:
         out [B, T, H, Dv] (packed [R, H, Dv]); with return_lse also lse [B, T, H] (packed [R, H]), natural logarithm,
@@ -63,7 +68,7 @@ def attention(
         BackendUnavailable: the named backend refuses; the message lists its reasons.
     Complexity: 2 * pairs * H * (D + Dv) operations for the pairs that are seen; memory linear in T and S.
     Source: Vaswani et al. 2017 (arXiv:1706.03762); tiling as in Dao 2023 (arXiv:2307.08691); sinks as in Xiao et al. 2023
-        (arXiv:2309.17453, learned logits).
+        (arXiv:2309.17453, learned logits); stable modes after Qiu and Yao 2025 (arXiv:2510.04212).
 
     >>> import torch
     >>> from attnkit import ops
@@ -88,6 +93,7 @@ def attention(
         return_lse=return_lse,
         out_dtype=out_dtype,
         deterministic=deterministic,
+        stable=stable,
     )
     return _run("attention", backend, call)
 
@@ -106,6 +112,7 @@ def query_sparse_attention(
     return_lse: bool = False,
     out_dtype: torch.dtype | None = None,
     deterministic: bool | None = None,
+    stable: str = "off",
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of some of the rows: row i stands on key q_pos[i] and sees the keys j <= q_pos[i].
@@ -117,7 +124,7 @@ def query_sparse_attention(
         k: [B, S, Hkv, D], every key.
         v: [B, S, Hkv, Dv].
         q_pos: [T] or [B, T] int32 or int64, in 0..S-1, in any order; sorted positions walk over fewer keys.
-        scale, window_size, softcap, sinks, key_bias, return_lse, out_dtype, deterministic, backend: as in `attention`;
+        scale, window_size, softcap, sinks, key_bias, return_lse, out_dtype, deterministic, stable, backend: as in `attention`;
             the right side of a window is 0 at most, since the rows are causal.
     Returns:
         out [B, T, H, Dv], and lse [B, T, H] with return_lse.
@@ -139,6 +146,7 @@ def query_sparse_attention(
         return_lse=return_lse,
         out_dtype=out_dtype,
         deterministic=deterministic,
+        stable=stable,
     )
     return _run("query_sparse_attention", backend, call)
 

@@ -49,6 +49,8 @@ def _fused_refuses(call: AttentionCall) -> list[str]:
         reasons.append("return_lse")
     if call.out_dtype != q.dtype:
         reasons.append("out_dtype differs from the inputs'")
+    if call.stable != "off":
+        reasons.append(f"stable={call.stable!r}")
     if q.shape[-1] != v.shape[-1]:
         reasons.append("value width differs from key width")
     if any(t.stride(-1) != 1 for t in (q, k, v)):
@@ -127,9 +129,11 @@ def _sdpa_call(call: AttentionCall) -> Result:
 
 
 def _arguments(call: AttentionCall) -> tuple[Any, ...]:
+    # without a backward pass nothing has to be kept for it
+    stable = "exact_delta" if call.stable == "delta" and not call.needs_grad else call.stable
     return (
         call.q, call.k, call.v, call.sinks, call.key_bias, call.cu_seqlens_q, call.cu_seqlens_k, call.q_pos,
-        call.scale, call.left, call.right, call.softcap, call.out_dtype,
+        call.scale, call.left, call.right, call.softcap, stable, call.out_dtype,
     )  # fmt: skip
 
 

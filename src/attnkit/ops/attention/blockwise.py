@@ -2,7 +2,8 @@
 
 Forward and backward walk the tiles of a `Plan`; memory beyond the inputs is one tile of scores. Each run of keys gives a
 partial result (out, lse); partial results merge by their LSE, and a sink is a partial result whose output is zero. Scores,
-softmax and sums are kept in the accumulation dtype and rounded once, at the end.
+softmax and sums are kept in the accumulation dtype and rounded once, at the end: probabilities are never rounded, so that of
+the stable modes only what is done about the rounded output remains.
 """
 
 import torch
@@ -16,8 +17,19 @@ __all__ = ["BLOCK_Q", "backward", "forward"]
 BLOCK_Q, BLOCK_K = 256, 512
 
 
-def forward(p: Problem, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return out [B, T, H, Dv] and lse [B, T, H]; rows that see nothing give 0 and -inf (the sink's logit with sinks)."""
+def forward(p: Problem, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B, T, H, Dv], lse [B, T, H], and what rounding took from out, where `stable` is "delta" and it did.
+
+    Rows that see nothing give 0 and -inf (the sink's logit with sinks).
+    """
+    if p.stable != "delta" or out_dtype.itemsize != 2:
+        return *_forward(p, out_dtype), None
+    wide, lse = _forward(p, p.acc)
+    out = wide.to(out_dtype)
+    return out, lse, (wide - out.to(p.acc)).to(out_dtype)
+
+
+def _forward(p: Problem, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     batch, num_q, heads, _ = p.q.shape
     out = p.q.new_zeros(batch, num_q, heads, p.v.shape[3], dtype=out_dtype)
     lse = p.q.new_full((batch, num_q, heads), -torch.inf, dtype=p.acc)
@@ -39,8 +51,14 @@ def forward(p: Problem, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(p: Problem, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, need_bias: bool) -> tuple[Tensor, ...]:
+def backward(
+    p: Problem, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None, need_bias: bool
+) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent), probabilities recomputed."""
+    if rest is not None:
+        out = out.to(p.acc) + rest.to(p.acc)
+    elif p.stable == "exact_delta" and out.dtype != p.acc:
+        out = _forward(p, p.acc)[0]  # d_out * out is then the sum of p * dp, both unrounded
     d_lse = torch.zeros_like(lse) if d_lse is None else d_lse
     p.keys, p.values = p.keys.contiguous(), p.values.contiguous()  # every tile reads them again
     finite = lse.masked_fill(torch.isneginf(lse), 0)

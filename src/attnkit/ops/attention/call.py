@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attnkit._core.checks import FLOATS, accumulator_dtype, check_dtype, check_same, dims
+from attnkit._core.checks import FLOATS, accumulator_dtype, check_choice, check_dtype, check_same, dims
 from attnkit._core.errors import OptionError, ShapeError, UnsupportedError
 
 __all__ = ["AttentionCall", "prepare"]
 
 MIN_WIDTH, MAX_WIDTH = 16, 256
+STABLE = ("off", "delta", "exact_delta", "dynamic_max")
 
 
 @dataclass
@@ -35,6 +36,7 @@ class AttentionCall:
     return_lse: bool
     out_dtype: torch.dtype
     deterministic: bool | None
+    stable: str
 
     @property
     def needs_grad(self) -> bool:
@@ -63,6 +65,7 @@ def prepare(
     return_lse: bool = False,
     out_dtype: torch.dtype | None = None,
     deterministic: bool | None = None,
+    stable: str = "off",
 ) -> AttentionCall:
     """Check the arguments of `attention` and `query_sparse_attention` (their docstrings say what is raised)."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
@@ -88,6 +91,8 @@ def prepare(
         _check_key_bias(key_bias, q, k, keys)
     if softcap is not None and softcap <= 0:
         raise OptionError(f"softcap={softcap} must be positive; leave it out to switch it off")
+    if stable not in STABLE:
+        check_choice("stable", stable, STABLE)
     left, right = _window(window_size, causal)
     if q_pos is not None:
         _check_positions(q_pos, q, sizes["S"])
@@ -98,7 +103,7 @@ def prepare(
     softcap = 0.0 if softcap is None else float(softcap)
     return AttentionCall(
         q, k, v, scale, left, right, softcap, sinks, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos,
-        return_lse, out_dtype, deterministic,
+        return_lse, out_dtype, deterministic, stable,
     )  # fmt: skip
 
 

@@ -74,6 +74,8 @@ def refuses(call: AttentionCall) -> list[str]:
         reasons.append("explicit query positions")
     if call.out_dtype != q.dtype:
         reasons.append("out_dtype differs from the inputs'")
+    if call.stable != "off":
+        reasons.append(f"stable={call.stable!r}")
     if call.deterministic and call.needs_grad:
         reasons.append("deterministic gradients (its backward adds up dq in any order; the ordered one is not checked)")
     return reasons

@@ -26,6 +26,7 @@ class Problem:
     plan: Plan
     scale: float
     softcap: float
+    stable: str
 
     def __post_init__(self) -> None:
         self.acc = accumulator_dtype(self.q.dtype)

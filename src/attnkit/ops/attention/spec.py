@@ -1,6 +1,7 @@
 """What the attention operators publish about themselves: cases, oracle, budget, capabilities, refusals."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from attnkit._core.checks import FLOATS
 from attnkit._core.opspec import Case, OpSpec, Refusal
 from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.attention.backends import BACKENDS
-from attnkit.ops.attention.call import prepare
+from attnkit.ops.attention.call import STABLE, prepare
 from attnkit.ops.attention.reference import MAX_PAIRS, reference
 
 __all__ = ["SPECS"]
@@ -90,11 +91,21 @@ def _large(generator: torch.Generator) -> dict[str, Any]:
     return inputs | {"causal": True, "return_lse": True}
 
 
-def _biased(generator: torch.Generator) -> dict[str, Any]:
+def _biased(generator: torch.Generator, **options: Any) -> dict[str, Any]:
     """Values far from zero mean: an inconsistent normaliser shows here as a signed error."""
     inputs = _qkv(generator, 2, 127, 192, 4, 2, 64, 64)
     inputs["v"] = 2 + 0.4 * inputs["v"]
-    return inputs | {"return_lse": True}
+    return inputs | {"return_lse": True} | options
+
+
+def _ties(generator: torch.Generator, **options: Any) -> dict[str, Any]:
+    """Keys that repeat within and across tiles, so that rows share their maximum, above, at and below 0; values around -2."""
+    inputs = _qkv(generator, 2, 65, 200, 4, 2, 32, 32)
+    inputs["k"] = inputs["k"][:, torch.arange(200) % 7]
+    inputs["q"][:, ::3] = 0
+    inputs["q"][:, 1::3] *= 8
+    inputs["v"] = 0.6 * inputs["v"] - 2
+    return inputs | {"return_lse": True} | options
 
 
 def _padding(generator: torch.Generator) -> dict[str, Any]:
@@ -157,6 +168,23 @@ CASES = (
     Case("packed, empty sequences, T != S", _packed([5, 0, 64, 7], [9, 12, 64, 0], causal=True, window_size=(20, None)), QKV),
     Case("scores of 1e4", _large),
     Case("values around 2", _biased, QKV, bias=True),
+    Case("values around 2, stable: delta", partial(_biased, stable="delta"), QKV, bias=True),
+    Case("tied maxima", _ties, QKV),
+    *(Case(f"tied maxima, stable: {mode}", partial(_ties, causal=True, stable=mode), QKV) for mode in STABLE[1:]),
+    *(
+        Case(
+            f"sinks, window, softcap, stable: {mode}",
+            _dense(130, heads=(4, 2), causal=True, sinks=True, window_size=(40, 0), softcap=5.0, stable=mode),
+            (*QKV, "sinks"),
+            level="full",
+        )
+        for mode in STABLE[1:]
+    ),
+    *(
+        Case(f"one query on many keys, stable: {mode}", _dense(1, 700, heads=(8, 2), width=64, stable=mode), QKV, level="full")
+        for mode in STABLE[1:]
+    ),
+    Case("packed, stable: exact_delta", _packed([63, 1, 130], causal=True, stable="exact_delta"), QKV, level="full"),
     # without the LSE torch's fused kernels would take these calls, were they not refused for what they cannot do
     Case("window, no lse", _dense(333, causal=True, window_size=(64, 0), lse=False), QKV),
     Case("two-sided window, no lse", _dense(130, 150, window_size=(17, 40), lse=False), QKV),
@@ -220,6 +248,7 @@ CAPABILITIES = {
     "compile": "yes, fullgraph; CUDA graphs with the Triton kernels, cuDNN and FlashAttention",
     "head width": "16..256, D != Dv",
     "decode": "few rows share a tile by group, and keys are split over the device",
+    "stable": "delta, exact_delta, dynamic_max: in our own kernels",
     "float64": "CPU and CUDA, in plain torch",
 }
 REFUSALS = (
@@ -234,6 +263,7 @@ REFUSALS = (
         'backend="triton" on a GPU before compute capability 8.0, or in float64', "no matrix units for it; plain torch serves"
     ),
     Refusal(f'backend="reference" above {MAX_PAIRS} scores a head', "it writes the whole score matrix down"),
+    Refusal('stable with backend="fa4", "cudnn" or "sdpa"', "their backward pass starts from the rounded output"),
     Refusal("a backward pass of the backward pass", "gradients are first order"),
 )
 SPECS = (

@@ -20,14 +20,15 @@ __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 
 @triton.jit
 def bwd_prep(
-    out, d_out, lse, d_lse, lse2, delta,
+    out, rest, d_out, lse, d_lse, lse2, delta,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
     num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
 
-    Rows that saw nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H], `d_lse`
-    may be None. Grid: (tiles * H * B,).
+    `rest` (or None) is what rounding took from `out`, in its strides; without `out` delta is -d_lse alone. Rows that saw
+    nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H], `d_lse` may be None.
+    Grid: (tiles * H * B,).
     """
     pid = tl.program_id(0)
     first = pid % num_tiles * BLOCK_M
@@ -36,13 +37,16 @@ def bwd_prep(
     row = (first + o_m).to(tl.int64)
     m_row = row < num_q
     mask = m_row[:, None] & (o_dv < width_v)[None, :]
-    out += i_b * stride_ob + head * stride_oh
-    d_out += i_b * stride_gb + head * stride_gh
-    b_out = tl.load(out + (row * stride_ot)[:, None] + o_dv[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_d_out = tl.load(d_out + (row * stride_gt)[:, None] + o_dv[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_delta = tl.zeros([BLOCK_M], tl.float32)
+    if out is not None:
+        o_out = i_b * stride_ob + head * stride_oh + (row * stride_ot)[:, None] + o_dv[None, :]
+        o_d_out = i_b * stride_gb + head * stride_gh + (row * stride_gt)[:, None] + o_dv[None, :]
+        b_out = tl.load(out + o_out, mask=mask, other=0.0).to(tl.float32)
+        if rest is not None:
+            b_out += tl.load(rest + o_out, mask=mask, other=0.0).to(tl.float32)
+        b_delta = tl.sum(b_out * tl.load(d_out + o_d_out, mask=mask, other=0.0).to(tl.float32), 1)
     b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_row, other=0.0)
     p_row = (i_b * heads + head) * num_q + row
-    b_delta = tl.sum(b_out * b_d_out, 1)
     if d_lse is not None:
         b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
         b_delta -= b_d_lse.to(tl.float32)
@@ -56,9 +60,9 @@ def _walk_keys(
     scale, left, right, softcap, width, width_v,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys start, start + BLOCK_N ... below stop contribute to d_q / scale."""
+    """Add what the keys start, start + BLOCK_N ... below stop contribute to d_q / scale, or with DELTA to sum(p * dp)."""
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for first in tl.range(start, stop, BLOCK_N):
         m_key = first + o_n < limit
@@ -76,10 +80,14 @@ def _walk_keys(
             see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
             t = tl.where(see, t, float("-inf"))
         dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
-        _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None])
-        if SOFTCAP:
-            ds = ds * softcap_slope(s, scale, softcap)
-        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+        if DELTA:
+            _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0)
+            acc += tl.sum(p_dp, 1)
+        else:
+            _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None])
+            if SOFTCAP:
+                ds = ds * softcap_slope(s, scale, softcap)
+            acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
     return acc
 
 
@@ -91,9 +99,12 @@ def bwd_dq(
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head. Grid: (tiles * H * B,)."""
+    """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head; with DELTA their sum(p * dp), added to delta.
+
+    Grid: (tiles * H * B,).
+    """
     pid = tl.program_id(0)
     tile = num_tiles - 1 - pid % num_tiles
     head = (pid // num_tiles) % heads
@@ -119,29 +130,35 @@ def bwd_dq(
     v += i_b * stride_vb + kv_head * stride_vh
     if BIAS:
         key_bias += i_b * stride_bb + kv_head * stride_bh
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if DELTA:
+        acc = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     if WINDOW:
         acc = _walk_keys(
             lo, tl.minimum(head_end, hi), hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
             stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
         )  # fmt: skip
     acc = _walk_keys(
         head_end, body_end, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
         stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     acc = _walk_keys(
         body_end, hi, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
         stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
     )  # fmt: skip
-    tl.store(
-        d_q + ((i_b * num_q + row) * heads + head) * width + (o_m * heads * width)[:, None] + o_d[None, :],
-        (acc * scale).to(d_q.dtype.element_ty),
-        mask=m_row[:, None] & (EVEN | (o_d < width))[None, :],
-    )
+    if DELTA:
+        tl.store(delta + p_row, b_delta + acc, mask=m_row)
+    else:
+        tl.store(
+            d_q + ((i_b * num_q + row) * heads + head) * width + (o_m * heads * width)[:, None] + o_d[None, :],
+            (acc * scale).to(d_q.dtype.element_ty),
+            mask=m_row[:, None] & (EVEN | (o_d < width))[None, :],
+        )
 
 
 @triton.jit

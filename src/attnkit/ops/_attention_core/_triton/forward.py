@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
-from attnkit.ops._attention_core._triton.steps import load_bias, load_tile, scores, seen, softmax_step
+from attnkit.ops._attention_core._triton.steps import COLUMNS, load_bias, load_tile, scores, seen, softmax_step
 from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place
 
 __all__ = ["combine", "fwd"]
@@ -12,11 +12,11 @@ __all__ = ["combine", "fwd"]
 
 @triton.jit
 def _walk(
-    start, stop, limit, b_q, o_pos, m, total, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
+    start, stop, limit, b_q, o_pos, m, total, rounded, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
     scale, left, right, softcap, width, width_v,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys start, start + BLOCK_N ... below stop; MASKED: some lie at `limit` or beyond, or some rows do not see some."""
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -36,23 +36,24 @@ def _walk(
         b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
         if BIAS:
             b_v = tl.where((b_bias > float("-inf"))[:, None], b_v, 0.0)  # 0 * NaN is NaN
-        m, total, acc = softmax_step(t, c, b_v, m, total, acc, MASKED or BIAS, PRECISION)
-    return m, total, acc
+        m, total, rounded, acc = softmax_step(t, c, b_v, m, total, rounded, acc, MASKED or BIAS, NORM, PRECISION)
+    return m, total, rounded, acc
 
 
 @triton.jit
 def fwd(
-    q, k, v, sinks, key_bias, cu_q, cu_k, q_pos, out, lse,
+    q, k, v, sinks, key_bias, cu_q, cu_k, q_pos, out, rest, lse,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
+    ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head (or of the GROUP heads that share a key head), over one part of its keys.
 
-    Writes out [parts, B, T, H, Dv] and the natural-log lse [parts, B, T, H]; each part is normalised over its own keys.
+    Writes out [parts, B, T, H, Dv] and the natural-log lse [parts, B, T, H]; each part is normalised over its own keys. `rest`
+    (or None) gets what rounding took from out.
     Grid: (tiles * heads / GROUP * B, parts); tiles with more keys come first, since later positions see more.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -86,48 +87,56 @@ def fwd(
         key_bias += i_b * stride_bb + kv_head * stride_bh
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS:  # one more key, its value zero; counted in the first part
+    if sinks is not None:  # one more key, its value zero; counted in the first part
         sink = tl.load(sinks + head + o_h, mask=o_t < TOKENS, other=0.0).to(tl.float32) * LOG2E
         m = tl.where(part == 0, sink, m)
         total = tl.where(part == 0, 1.0, total)
+    rounded = tl.zeros([BLOCK_M, 1 if NORM == "softmax" else COLUMNS], tl.float32) + total[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     if WINDOW:
-        m, total, acc = _walk(
-            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, m, total, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-            scale, left, right, softcap, width, width_v,
-            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        m, total, rounded, acc = _walk(
+            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, m, total, rounded, acc, k, v, key_bias,
+            stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
-    m, total, acc = _walk(
-        head_end, body_end, hi, b_q, o_pos, m, total, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
+    m, total, rounded, acc = _walk(
+        head_end, body_end, hi, b_q, o_pos, m, total, rounded, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
         scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
     )  # fmt: skip
-    m, total, acc = _walk(
-        body_end, hi, hi, b_q, o_pos, m, total, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
+    m, total, rounded, acc = _walk(
+        body_end, hi, hi, b_q, o_pos, m, total, rounded, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
         scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
     )  # fmt: skip
 
     nothing = total == 0  # NaN is something
     total = tl.where(nothing, 1.0, total)
-    acc = acc / total[:, None]
+    if NORM == "softmax":
+        acc = acc / total[:, None]
+    else:  # the columns are equal
+        acc = acc / tl.where(nothing, 1.0, tl.sum(rounded, 1) / COLUMNS)[:, None]
     row = (part * batch + i_b) * num_q + first
     p_row = row * heads + head + o_t * heads + o_h
     m = tl.where(nothing, float("-inf"), m + tl.log2(total)) * LN2
     tl.store(lse + p_row, m, mask=m_row)
-    tl.store(
-        out + p_row[:, None] * width_v + o_dv[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=m_row[:, None] & (EVEN | (o_dv < width_v))[None, :],
-    )
+    p_out = p_row[:, None] * width_v + o_dv[None, :]
+    m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
+    b_out = acc.to(out.dtype.element_ty)
+    tl.store(out + p_out, b_out, mask=m_out)
+    if rest is not None:
+        tl.store(rest + p_out, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
 def combine(
-    part_out, part_lse, out, lse, rows, parts, width_v, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr
+    part_out, part_lse, out, rest, lse, rows, parts, width_v, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr
 ):  # fmt: skip
-    """Merge the parts of one row by their LSE, in a fixed order: [parts, rows, Dv] and [parts, rows] -> one of each."""
+    """Merge the parts of one row by their LSE, in a fixed order: [parts, rows, Dv] and [parts, rows] -> one of each.
+
+    `rest` (or None) gets what rounding took from out.
+    """
     row = tl.program_id(0).to(tl.int64)
     o_p, o_dv = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_DV)
     top = float("-inf")
@@ -148,5 +157,8 @@ def combine(
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
     acc = acc / total
-    tl.store(out + row * width_v + o_dv, acc.to(out.dtype.element_ty), mask=o_dv < width_v)
+    b_out = acc.to(out.dtype.element_ty)
+    tl.store(out + row * width_v + o_dv, b_out, mask=o_dv < width_v)
+    if rest is not None:
+        tl.store(rest + row * width_v + o_dv, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=o_dv < width_v)
     tl.store(lse + row, tl.where(nothing, float("-inf"), top + tl.log2(total) * LN2))

@@ -14,10 +14,11 @@ from attnkit.ops._attention_core._triton import backward as kb
 from attnkit.ops._attention_core._triton import forward as kf
 from attnkit.ops._attention_core._triton.configs import CONFIGS
 
-__all__ = ["Launch", "backward", "backward_keys", "backward_queries", "forward", "row_constants"]
+__all__ = ["Launch", "add_exact_delta", "backward", "backward_keys", "backward_queries", "forward", "row_constants"]
 
 _UNBOUNDED = 1 << 30
 _TINY = 1e-30  # a scale of 0 would turn a masked score, -inf, into NaN
+_NORMS = {"off": "softmax", "delta": "consistent", "exact_delta": "consistent", "dynamic_max": "dynamic_max"}
 _PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
 
 
@@ -46,6 +47,7 @@ class Launch:
     left: int
     right: int
     softcap: float
+    stable: str
 
     def __post_init__(self) -> None:
         if self.scale < 0:  # kernels take the maximum of raw products, which a negative factor would turn round
@@ -108,8 +110,8 @@ class Launch:
         return rows // block + self.num_seqs + 1 if self.cu_q is not None else _cdiv(rows, block)
 
 
-def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """out [B, T, H, Dv] and lse [B, T, H], float32."""
+def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B, T, H, Dv], lse [B, T, H], float32, and what rounding took from out, where `stable` is "delta" and it did."""
     packs = p.group > 1 and p.num_q <= _PACK_ROWS
     group = p.group if packs else 1
     config = p.config("decode" if p.num_q * group <= 16 else "fwd")
@@ -120,21 +122,22 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shape = (parts, p.batch, p.num_q, p.heads)
     out = p.q.new_empty(*shape, p.width_v, dtype=out_dtype if parts == 1 else torch.float32)
     lse = p.q.new_empty(shape, dtype=torch.float32)
+    rest = out.new_empty(out.shape[1:], dtype=out_dtype) if p.stable == "delta" and out_dtype.itemsize == 2 else None
     if lse.numel() == 0:
-        return out[0], lse[0]
+        return out[0], lse[0], rest
     arguments = (
-        p.q, p.k, p.v, p.sinks, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, lse, *p.strides(),
+        p.q, p.k, p.v, p.sinks, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
     )  # fmt: skip
-    flags = {"GROUP": group, "SINKS": p.sinks is not None, "SPLIT": parts > 1}
+    flags = {"GROUP": group, "NORM": _NORMS[p.stable], "SPLIT": parts > 1}
     p.launch(kf.fwd, (programs, parts), arguments, config, BLOCK_M=block_m, **flags)
     if parts == 1:
-        return out[0], lse[0]
+        return out[0], lse[0], rest
     whole, whole_lse = out.new_empty(out.shape[1:], dtype=out_dtype), torch.empty_like(lse[0])
     rows = whole_lse.numel()
     sizes = {"BLOCK_P": 16, "BLOCK_DV": p.block_dv}
-    launch(kf.combine, (rows,), (out, lse, whole, whole_lse, rows, parts, p.width_v), sizes)
-    return whole, whole_lse
+    launch(kf.combine, (rows,), (out, lse, whole, rest, whole_lse, rows, parts, p.width_v), sizes)
+    return whole, whole_lse, rest
 
 
 def _parts(programs: int, keys: int, block_n: int, device: torch.device) -> int:
@@ -149,12 +152,15 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def backward(
-    p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, need_bias: bool
+    p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent or not needed)."""
     d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
     d_out, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (d_out, out))
-    lse2, delta = row_constants(p, d_out, d_lse, out, lse)
+    exact = p.stable == "exact_delta"
+    lse2, delta = row_constants(p, d_out, d_lse, None if exact else out, lse, rest)
+    if exact:
+        add_exact_delta(p, d_out, lse2, delta)
     d_q = backward_queries(p, d_out, lse2, delta)
     d_k, d_v, d_bias = backward_keys(p, d_out, lse2, delta)
     d_sinks, d_key_bias = p.q.new_empty(0), p.q.new_empty(0)
@@ -167,33 +173,44 @@ def backward(
     return -d_q if p.flipped else d_q, d_k, d_v, d_sinks, d_key_bias
 
 
-def row_constants(p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * out) - d_lse: float32 [B, H, T]."""
+def row_constants(
+    p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor | None, lse: Tensor, rest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * (out + rest)) - d_lse: float32 [B, H, T]."""
     lse2, delta = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
-    d_lse_strides = (0, 0, 0) if d_lse is None else d_lse.stride()
+    out_strides, d_lse_strides = ((0, 0, 0) if t is None else t.stride()[:3] for t in (out, d_lse))
     if lse2.numel():
         tiles = _cdiv(p.num_q, 64)
         arguments = (
-            out, d_out, lse.contiguous(), d_lse, lse2, delta, *out.stride()[:3], *d_out.stride()[:3], *d_lse_strides,
+            out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, *out_strides, *d_out.stride()[:3], *d_lse_strides,
             p.num_q, p.heads, tiles, p.width_v,
         )  # fmt: skip
         launch(kb.bwd_prep, (tiles * p.heads * p.batch,), arguments, {"BLOCK_M": 64, "BLOCK_DV": p.block_dv})
     return lse2, delta
 
 
+def add_exact_delta(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> None:
+    """Add sum(p * dp) of every row, from the probabilities that the backward pass recomputes, to delta."""
+    _walk_queries(p, d_out, lse2, delta, None)
+
+
 def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
     """Gradient of `p.q`, which is the caller's q up to `flipped`."""
     d_q = p.q.new_empty(p.q.shape)
+    _walk_queries(p, d_out, lse2, delta, d_q)
+    return d_q
+
+
+def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None) -> None:
     config = p.config("bwd_dq")
     tiles = p.num_tiles(p.num_q, config.block_m)
-    if d_q.numel():
+    if p.q.numel():
         arguments = (
             p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
         )  # fmt: skip
-        p.launch(kb.bwd_dq, (tiles * p.heads * p.batch,), arguments, config)
-    return d_q
+        p.launch(kb.bwd_dq, (tiles * p.heads * p.batch,), arguments, config, DELTA=d_q is None)
 
 
 def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:

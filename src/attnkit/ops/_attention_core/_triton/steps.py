@@ -9,7 +9,20 @@ import triton.language as tl
 
 from attnkit._core.triton.maths import LOG2E, tanh
 
-__all__ = ["load_bias", "load_tile", "score_gradient", "scores", "seen", "softcap_slope", "softmax_step"]
+__all__ = [
+    "COLUMNS",
+    "load_bias",
+    "load_tile",
+    "raised_max",
+    "score_gradient",
+    "scores",
+    "seen",
+    "softcap_slope",
+    "softmax_step",
+]
+
+COLUMNS = tl.constexpr(16)  # the narrowest product of matrix units
+BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
 
 
 @triton.jit
@@ -60,20 +73,42 @@ def scores(s, bias, scale, softcap, SOFTCAP: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(t, c, v, m, total, acc, GUARD: tl.constexpr, PRECISION: tl.constexpr):
-    """Take a tile of scores c * t [rows, keys] and its values into each row's running maximum, sum and output.
+def raised_max(top, ties, CAP: tl.constexpr):
+    """The maximum of a tile (base-2 logarithms), moved away from the scores where several keys share it.
 
-    GUARD: a row may have seen nothing yet.
+    Their probabilities are then no powers of two, and sums of values do not sit on rounding ties. Where the maximum is 0 it
+    moves by one nat; CAP bounds the move, so that probabilities stay above what the operand's format can hold.
     """
-    m_new = tl.maximum(m, tl.max(t, 1) * c)
+    away = tl.where(top > 0, tl.minimum(BETA * top, top + CAP), tl.minimum(0.0, top + CAP))
+    away = tl.where(tl.abs(top) < 1e-6, LOG2E, away)
+    return tl.where((ties > 1) & (top > float("-inf")), away, top)
+
+
+@triton.jit
+def softmax_step(t, c, v, m, total, rounded, acc, GUARD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """Take a tile of scores c * t [rows, keys] and its values into each row's running maximum, sums and output.
+
+    GUARD: a row may have seen nothing yet. NORM "consistent" and "dynamic_max" also sum the probabilities as they were
+    rounded, in every column of `rounded`: a product with ones, which the matrix units do beside the other.
+    """
+    top = tl.max(t, 1)
+    if NORM == "dynamic_max":
+        ties = tl.sum((t == top[:, None]).to(tl.int32), 1)
+        m_new = tl.maximum(m, raised_max(top * c, ties, 8.0 if v.dtype == tl.float16 else 30 * LOG2E))
+    else:
+        m_new = tl.maximum(m, top * c)
     top = m_new
     if GUARD:
         top = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
     p = tl.exp2(t * c - top[:, None])
     alpha = tl.exp2(m - top)
     total = total * alpha + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-    return m_new, total, acc
+    p = p.to(v.dtype)
+    if NORM != "softmax":
+        ones = tl.full([v.shape[0], COLUMNS], 1.0, v.dtype)
+        rounded = tl.dot(p, ones, rounded * alpha[:, None], input_precision=PRECISION)
+    acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, total, rounded, acc
 
 
 @triton.jit

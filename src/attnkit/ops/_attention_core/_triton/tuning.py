@@ -117,13 +117,13 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     shapes = ((num_q, heads), (num_k, kv_heads), (num_k, kv_heads), (num_q, heads))
     q, k, v, d_out = (torch.randn(1, *s, width, generator=generator, device=device).to(dtype) for s in shapes)
     inputs = {"q": q, "k": k, "v": v, "causal": True}
-    arguments = (q, k, v, None, None, None, None, None, width**-0.5, -1, 0, 0.0)
+    arguments = (q, k, v, None, None, None, None, None, width**-0.5, -1, 0, 0.0, "off")
 
     if kernel in ("fwd", "decode"):
         decode = kernel == "decode"
-        return Probe(lambda c: launch.forward(_Trial(*arguments, c), dtype), ("out", "lse"), inputs, None, decode)
+        return Probe(lambda c: launch.forward(_Trial(*arguments, c), dtype)[:2], ("out", "lse"), inputs, None, decode)
     call = launch.Launch(*arguments)
-    out, lse = launch.forward(call, dtype)
+    out, lse, _ = launch.forward(call, dtype)
     rows = launch.row_constants(call, d_out, torch.zeros_like(lse), out, lse)
 
     def queries(config: Config) -> tuple[Tensor, ...]:
