@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnkit.cli import main
+from attnkit.lab.numerics import conformance
 from attnkit.report import write_json
 
 BRIEF = ("--formats", "bf16", "--lengths", "64", "--blocks", "8", "--seeds", "2", "--dim", "16", "--device", "cpu")
@@ -90,3 +91,23 @@ def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 4
     assert message in result.stderr
+
+
+def test_conformance_is_ops_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(conformance, "run", lambda names, **options: asked.append((names, options)) or [])
+    arguments = ("--dtype", "bf16", "--device", "cpu", "--level", "full", "--quiet")
+    assert run("conformance", "--op", "attention", "--op", "merge_partials", *arguments).exit_code == 0
+    assert CliRunner().invoke(main, ["ops", "check", "attention", "merge_partials", *arguments]).exit_code == 0
+    (names, ours), (expected_names, expected) = asked
+    assert names == expected_names == ["attention", "merge_partials"]
+    assert {name: ours[name] for name in ("dtypes", "device", "level")} == {
+        name: expected[name] for name in ("dtypes", "device", "level")
+    }
+
+
+def test_conformance_reports_what_it_judged() -> None:
+    document = loaded(run("conformance", "--op", "merge_partials", "--dtype", "fp32", "--device", "cpu", "--json"))
+    assert document["schema"] == "attnkit.conformance/1"
+    assert {row["op"] for row in document["rows"]} == {"merge_partials"}
+    assert run("conformance", "--op", "attentions").exit_code == 4

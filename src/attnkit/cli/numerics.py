@@ -2,12 +2,12 @@
 
 import click
 
-from attnkit.cli import numerics_sites, numerics_sweep
+from attnkit.cli import numerics_conformance, numerics_sites, numerics_sweep
 
 __all__ = ["command"]
 
 command = click.Group(
     "numerics",
-    commands=[numerics_sweep.command, numerics_sites.command],
-    help="Deviation from float64: over formats, lengths and tiles, and by rounding site.",
+    commands=[numerics_sweep.command, numerics_sites.command, numerics_conformance.command],
+    help="Deviation from float64: over formats, lengths and tiles, by rounding site, and of real operators.",
 )
