@@ -22,6 +22,6 @@ __all__ = ["command"]
 @json_option
 @quiet_option
 @click.pass_context
-def command(context: click.Context, **options: Any) -> None:
+def command(context: click.Context, /, **options: Any) -> None:
     """Compare outputs and gradients of operators with float64, on this machine: the same as `attnkit ops check`."""
     context.invoke(check, **options)

@@ -66,6 +66,7 @@ def _show(name: str, as_json: bool) -> None:
     from attnkit.report import table
 
     spec = OPS[name]
+    invariances = [invariance.name for invariance in spec.invariances]
     signature = inspect.signature(spec.function)
     plain = signature.replace(
         parameters=[parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()],
@@ -82,7 +83,7 @@ def _show(name: str, as_json: bool) -> None:
         "capabilities": dict(spec.capabilities),
         "refusals": [{"what": refusal.what, "why": refusal.why} for refusal in spec.refusals],
         "sites": spec.sites,
-        "invariances": [invariance.name for invariance in spec.invariances],
+        "invariances": invariances,
         "cases": len(spec.cases),
     }
     emit(
@@ -93,7 +94,7 @@ def _show(name: str, as_json: bool) -> None:
         table(("it refuses", "because"), [(refusal.what, refusal.why) for refusal in spec.refusals]),
         f"backends, in order of preference: {', '.join(_backends(spec))}; {len(spec.cases)} conformance cases",
         f"in 16 bits it rounds at: {', '.join(spec.sites)}",
-        f"invariances: {', '.join(result['invariances']) or 'none'}",
+        f"invariances: {', '.join(invariances) or 'none'}",
     )
 
 
