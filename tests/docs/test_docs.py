@@ -32,6 +32,7 @@ NAMESPACES = [
     "kv",
     "lab.bench",
     "lab.compare",
+    "lab.numerics",
     "lab.numerics.conformance",
     "lab.tune",
     "models",
@@ -78,7 +79,8 @@ def test_docstrings(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["start", "attention", "attention-core", "models", "inference", "compare", "conformance", "race", "training"]
+    "name",
+    ["start", "attention", "attention-core", "models", "inference", "compare", "numerics", "conformance", "race", "training"],
 )
 def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`python` blocks run, `pycon` blocks give what they show; the blocks of a page share their names."""
@@ -143,6 +145,22 @@ def test_commands_in_pages_exist() -> None:
             elif word.startswith("-"):
                 options = {name for option in command.params for name in option.opts} | {"--help"}
                 assert word in options, f"{page}: {line}: {command.name} has no {word}"
+
+
+def test_deviation_is_quoted_as_it_was_measured() -> None:
+    """Every row of the table in docs/numerics.md is one of the result file, and the names that it uses are described."""
+    from attnkit.lab.numerics import DISTRIBUTIONS, FORMATS
+    from attnkit.report import SECTIONS, read_envelope
+
+    document = read_envelope(ROOT / "benchmarks" / "results" / "numerics-deviation.json")
+    table = SECTIONS[document["schema"]].draw(document).blocks[-1]
+    measured = {(*row[:5], row[5].split("(")[1].removesuffix("\u00d7)")) for row in table.rows}
+    text = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    quoted = [tuple(line.strip("| ").split(" | ")) for line in text.splitlines() if re.match(r"\| (bf16|fp16) \|", line)]
+    assert len(quoted) >= 8
+    assert [row for row in quoted if row not in measured] == []
+    assert [name for name in FORMATS if f"`{name}`" not in text] == []
+    assert {row[1] for row in quoted} <= set(DISTRIBUTIONS)
 
 
 def test_methods_are_described() -> None:

@@ -20,6 +20,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "bench": ("attnkit.cli.bench", "Race operators against other implementations on this machine."),
     "train": ("attnkit.cli.train", "Train a model on a text or a synthetic task."),
     "eval": ("attnkit.cli.eval", "Judge a trained model: exact scores of tasks, bits a byte of texts."),
+    "numerics": ("attnkit.cli.numerics", "How far attention is from float64, by format, length, tile and rounding site."),
     "tune": ("attnkit.cli.tune", "Measure tile sizes of the kernels on this GPU and keep the best."),
     "systems": ("attnkit.cli.systems", "The thirty-one systems and how far each one is."),
     "assets": ("attnkit.cli.assets", "Models and texts that packages carry: list, fetch, verify."),

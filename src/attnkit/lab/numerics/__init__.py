@@ -1,1 +1,61 @@
-"""How far operators are from the true value, and whether that is within what their precision allows."""
+"""How far operators are from the true value, why, and whether that is within what their precision allows.
+
+`golden_attention` is the true value. `emulated_attention` computes attention as an algorithm does, with its roundings at
+named sites (`SitePolicy`) in any format (`FloatFormat`), and its gradients likewise. `deviation` compares,
+`attribute_sites` says which rounding is to blame, `DeviationSweep` measures over formats, lengths and tiles. `conformance`
+judges real operators.
+"""
+
+from attnkit.lab.numerics.emulate import EmulationStats, emulated_attention
+from attnkit.lab.numerics.formats import (
+    BF16,
+    E4M3,
+    E5M2,
+    FORMATS,
+    FP16,
+    FP32,
+    FP64,
+    TF32,
+    FloatFormat,
+    custom,
+    parse_format,
+    round_to,
+    ulp,
+)
+from attnkit.lab.numerics.golden import golden_attention
+from attnkit.lab.numerics.inputs import DISTRIBUTIONS, Distribution, tied_maxima
+from attnkit.lab.numerics.metrics import Deviation, attribute_sites, deviation
+from attnkit.lab.numerics.policy import BACKWARD_SITES, FORWARD_SITES, Rounding, SitePolicy
+from attnkit.lab.numerics.shift import dynamic_max_shift
+from attnkit.lab.numerics.sweep import DeviationSweep
+
+__all__ = [
+    "FORMATS",
+    "BF16",
+    "E4M3",
+    "E5M2",
+    "FP16",
+    "FP32",
+    "FP64",
+    "TF32",
+    "FloatFormat",
+    "custom",
+    "parse_format",
+    "round_to",
+    "ulp",
+    "golden_attention",
+    "emulated_attention",
+    "EmulationStats",
+    "SitePolicy",
+    "Rounding",
+    "FORWARD_SITES",
+    "BACKWARD_SITES",
+    "dynamic_max_shift",
+    "deviation",
+    "Deviation",
+    "attribute_sites",
+    "DeviationSweep",
+    "DISTRIBUTIONS",
+    "Distribution",
+    "tied_maxima",
+]
