@@ -49,6 +49,17 @@ def test_sweep_passes_every_option_on(tmp_path: Path) -> None:
     assert [row["block"] for row in rows] == [4, 8]
 
 
+def test_sweep_measures_kernels_beside(tmp_path: Path) -> None:
+    names = ("attnkit:torch:out_dtype=float32", "attnkit:reference", "sdpa")
+    document = loaded(run("sweep", *BRIEF, "--formats", "bf16", "--kernels", ",".join(names), "--out", tmp_path, "--json"))
+    rms = {name: [row["rms"] for row in document["rows"] if row["algorithm"] == name] for name in ("baseline", *names)}
+    assert document["kernels"] == list(names)
+    assert all(row["policy"] == "device" for row in document["rows"] if row["algorithm"] in names)
+    wide, stored, fused = (max(rms[name]) for name in names)
+    assert wide < 1e-6 < min(stored, fused)
+    assert max(stored, fused) < max(rms["baseline"])
+
+
 def test_sweep_keeps_what_is_done(tmp_path: Path) -> None:
     first = loaded(run("sweep", *BRIEF, "--out", tmp_path, "--json"))
     first["rows"][0]["rms"] = 123.0
@@ -82,6 +93,9 @@ def test_sites(mode: str, tmp_path: Path) -> None:
     [
         (("sweep", "--formats", "bf17"), "unknown number format 'bf17'; did you mean 'bf16'"),
         (("sweep", "--algorithms", "fa9"), "algorithms='fa9' is not allowed"),
+        (("sweep", "--kernels", "flash"), "unknown peer 'flash'"),
+        (("sweep", "--kernels", "sdpa-flash"), "--kernels sdpa-flash: runs on cuda only"),
+        (("sweep", "--formats", "p12", "--kernels", "sdpa"), "kernels run on bf16, fp16, fp32"),
         (("sites", "--policy", "none"), "name='none' is not allowed; choose one of 'paper'"),
         (("sites", "--algorithm", "fa9"), "algorithm='fa9' is not allowed"),
         (("sites", "--distribution", "x"), "unknown input distribution 'x'"),

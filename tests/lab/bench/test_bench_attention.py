@@ -99,6 +99,12 @@ def test_peers_by_default_are_those_of_the_device() -> None:
     assert [each.name for each in again] == ["flex", "mine", "sdpa"]
 
 
+def test_peers_of_ours_may_have_options() -> None:
+    (peer,) = contestants(RACE, ["attnkit:torch:stable=delta:out_dtype=float32"], CPU)
+    made: Any = peer.make(Shape("fwd", {}, torch.float32, CPU))
+    assert made.keywords == {"backend": "torch", "stable": "delta", "out_dtype": torch.float32}
+
+
 def test_work_counts_what_a_causal_mask_leaves() -> None:
     def flops(step: str) -> float:
         return RACE.flops(Shape(step, RACE.sizes(step, 1024, 64, (8, 2), 3), torch.bfloat16, CPU))

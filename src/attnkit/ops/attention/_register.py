@@ -1,4 +1,4 @@
-"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, two implementations."""
+"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, implementations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from attnkit._core.checks import accumulator_dtype
 from attnkit._core.devices import current
 from attnkit._core.library import define, define_gradient
 from attnkit.ops._attention_core.plan import Plan
-from attnkit.ops.attention import blockwise
+from attnkit.ops.attention import blockwise, flash4
 from attnkit.ops.attention.problem import Problem
 
-__all__ = ["run_blockwise", "run_triton"]
+__all__ = ["run_blockwise", "run_fa4", "run_triton"]
 
 Results = tuple[Tensor, ...]
 Forward = tuple[Tensor, Tensor, Tensor | None]  # out, lse, and what rounding took from out
@@ -146,7 +146,7 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
     def run_traced(q: Tensor, *args: Any) -> Results:
         """The operator's schema knows no tensor that may be absent among results: an empty one stands for it."""
         out, lse, rest = run(q, *args)
-        return out, lse, out.new_empty(0) if rest is None else rest
+        return out, lse.contiguous(), out.new_empty(0) if rest is None else rest
 
     def run_backward_traced(
         d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, need_bias: bool, *inputs: Any
@@ -190,3 +190,4 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
 
 run_blockwise = _register("attention", _blockwise_forward, _blockwise_backward)
 run_triton = _register("attention_triton", _triton_forward, _triton_backward)
+run_fa4 = _register("attention_fa4", flash4.forward, flash4.backward)
