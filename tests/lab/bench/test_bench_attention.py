@@ -27,7 +27,7 @@ def judge(operator: Operator, where: Shape) -> list[conformance.Row]:
 
     case = Case(str(where), make, RACE.grads if where.trains else ())
     rows = conformance.check(ops.OPS["attention"], case, where.dtype, operator=operator)
-    assert len(rows) == (4 if where.trains else 1)
+    assert len(rows) == (5 if where.trains else 2)
     return [row for row in rows if not row.ok]
 
 
