@@ -25,10 +25,13 @@ PACKAGES = ("flash_attn", "cutlass", "quack", "tvm_ffi")
 MAX_GRID = 65535  # sequences of a batch are one axis of the grid
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def missing() -> list[str]:
     """What of flash-attn-4 cannot be found, looked for once."""
     return _search()
+
+
+# what torch.compiler.assume_constant_result sets, after a second of importing: the tracer calls it and does not look inside
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
