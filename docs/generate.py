@@ -65,7 +65,8 @@ def _operators() -> str:
             f"## {spec.name}",
             f"{spec.summary[0].upper()}{spec.summary[1:]}.",
             f"- Source: {spec.source}\n- Backends, in order of preference: {names}\n- Dtypes: {dtypes}\n"
-            f"- Conformance cases: {len(spec.cases)}",
+            f"- Conformance cases: {len(spec.cases)}\n- In 16 bits it rounds at: {', '.join(spec.sites)}\n"
+            f"- Invariances: {', '.join(invariance.name for invariance in spec.invariances) or 'none'}",
             f"| it can | how far |\n| --- | --- |\n{can}",
             f"| it refuses | because |\n| --- | --- |\n{cannot}",
         ]

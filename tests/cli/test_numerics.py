@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnkit.cli import main
+from attnkit.lab.numerics import conformance
 from attnkit.report import write_json
 
 BRIEF = ("--formats", "bf16", "--lengths", "64", "--blocks", "8", "--seeds", "2", "--dim", "16", "--device", "cpu")
@@ -48,6 +49,17 @@ def test_sweep_passes_every_option_on(tmp_path: Path) -> None:
     assert [row["block"] for row in rows] == [4, 8]
 
 
+def test_sweep_measures_kernels_beside(tmp_path: Path) -> None:
+    names = ("attnkit:torch:out_dtype=float32", "attnkit:reference", "sdpa")
+    document = loaded(run("sweep", *BRIEF, "--formats", "bf16", "--kernels", ",".join(names), "--out", tmp_path, "--json"))
+    rms = {name: [row["rms"] for row in document["rows"] if row["algorithm"] == name] for name in ("baseline", *names)}
+    assert document["kernels"] == list(names)
+    assert all(row["policy"] == "device" for row in document["rows"] if row["algorithm"] in names)
+    wide, stored, fused = (max(rms[name]) for name in names)
+    assert wide < 1e-6 < min(stored, fused)
+    assert max(stored, fused) < max(rms["baseline"])
+
+
 def test_sweep_keeps_what_is_done(tmp_path: Path) -> None:
     first = loaded(run("sweep", *BRIEF, "--out", tmp_path, "--json"))
     first["rows"][0]["rms"] = 123.0
@@ -81,6 +93,9 @@ def test_sites(mode: str, tmp_path: Path) -> None:
     [
         (("sweep", "--formats", "bf17"), "unknown number format 'bf17'; did you mean 'bf16'"),
         (("sweep", "--algorithms", "fa9"), "algorithms='fa9' is not allowed"),
+        (("sweep", "--kernels", "flash"), "unknown peer 'flash'"),
+        (("sweep", "--kernels", "sdpa-flash"), "--kernels sdpa-flash: runs on cuda only"),
+        (("sweep", "--formats", "p12", "--kernels", "sdpa"), "kernels run on bf16, fp16, fp32"),
         (("sites", "--policy", "none"), "name='none' is not allowed; choose one of 'paper'"),
         (("sites", "--algorithm", "fa9"), "algorithm='fa9' is not allowed"),
         (("sites", "--distribution", "x"), "unknown input distribution 'x'"),
@@ -90,3 +105,23 @@ def test_bad_input(arguments: tuple[str, ...], message: str) -> None:
     result = run(*arguments)
     assert result.exit_code == 4
     assert message in result.stderr
+
+
+def test_conformance_is_ops_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(conformance, "run", lambda names, **options: asked.append((names, options)) or [])
+    arguments = ("--dtype", "bf16", "--device", "cpu", "--level", "full", "--quiet")
+    assert run("conformance", "--op", "attention", "--op", "merge_partials", *arguments).exit_code == 0
+    assert CliRunner().invoke(main, ["ops", "check", "attention", "merge_partials", *arguments]).exit_code == 0
+    (names, ours), (expected_names, expected) = asked
+    assert names == expected_names == ["attention", "merge_partials"]
+    assert {name: ours[name] for name in ("dtypes", "device", "level")} == {
+        name: expected[name] for name in ("dtypes", "device", "level")
+    }
+
+
+def test_conformance_reports_what_it_judged() -> None:
+    document = loaded(run("conformance", "--op", "merge_partials", "--dtype", "fp32", "--device", "cpu", "--json"))
+    assert document["schema"] == "attnkit.conformance/1"
+    assert {row["op"] for row in document["rows"]} == {"merge_partials"}
+    assert run("conformance", "--op", "attentions").exit_code == 4

@@ -1,16 +1,11 @@
-"""Every operator x case x dtype x backend against float64, and proof that a broken operator is caught."""
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+"""Every operator x case x dtype x backend against float64, the invariances of each, and what a spec names."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from attnkit import ops
+from attnkit._core.invariance import Invariance
 from attnkit._core.opspec import Case, OpSpec
-from attnkit.lab.numerics import conformance
+from attnkit.lab.numerics import BACKWARD_SITES, BF16, FORWARD_SITES, SitePolicy, conformance
 from attnkit.ops import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -20,6 +15,10 @@ FULL = [(spec, case) for spec in OPS.values() for case in spec.cases if case.lev
 
 def _id(value: OpSpec | Case) -> str:
     return value.name.replace(" ", "_")
+
+
+def _changes(spec: OpSpec, case: Case) -> list[Invariance]:
+    return [invariance for invariance in spec.invariances if case.name in invariance.cases]
 
 
 def _assert_ok(rows: list[conformance.Row]) -> None:
@@ -42,87 +41,35 @@ def test_within_budget_full(spec: OpSpec, case: Case, dtype: torch.dtype) -> Non
     _assert_ok(conformance.check(spec, case, dtype))
 
 
-def _wrong_scale(q: Tensor, *args: Any, **kwargs: Any) -> Any:
-    kwargs["scale"] = q.shape[-1] ** -0.5 * (1 + 2**-9)
-    return ops.attention(q, *args, **kwargs)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("spec", "case"), [cell for cell in CELLS if _changes(*cell)], ids=_id)
+def test_invariances(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    rows = conformance.check_invariances(spec, case, dtype)
+    assert not [row for row in rows if not row.ok], "\n".join(map(str, rows))
+    judged = {row.quantity for row in rows}
+    expected = {f"{name}, {change.name}" for change in _changes(spec, case) for name in spec.outputs if change.name != "alone"}
+    assert expected <= judged
 
 
-def _off_by_one(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-    kwargs.pop("causal", None)
-    return ops.attention(q, k, v, window_size=(None, 1), **kwargs)
+@pytest.mark.parametrize("spec", OPS.values(), ids=_id)
+def test_what_a_spec_names_exists(spec: OpSpec) -> None:
+    """A misspelt case would be judged by nothing."""
+    cases = {case.name: case for case in spec.cases}
+    assert len(cases) == len(spec.cases)
+    backends = {backend.name for backend in spec.backends}
+    assert set(spec.sites) <= {*FORWARD_SITES, *BACKWARD_SITES}
+    for invariance in spec.invariances:
+        assert invariance.cases
+        assert set(invariance.cases) <= set(cases)
+        assert set(invariance.backends) <= backends
+    for case in spec.cases:
+        assert set(case.biased) <= backends
 
 
-def _one_key_short(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-    kwargs.pop("causal", None)
-    return ops.attention(q, k, v, causal=True, window_size=(q.shape[1] - 2, 0), **kwargs)
-
-
-def _dropped_rescale(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-    """The flash recurrence over tiles of 64 keys, with the old sums not rescaled to the new maximum."""
-    group = q.shape[2] // k.shape[2]
-    queries, keys, values = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, 1) for t in (k, v))
-    top = queries.new_full(queries.shape[:-1], -torch.inf).float()
-    total, summed = torch.zeros_like(top), 0
-    for start in range(0, k.shape[1], 64):
-        s = queries.float() @ keys[:, :, start : start + 64].float().transpose(-1, -2) * q.shape[-1] ** -0.5
-        s = s.masked_fill(torch.arange(start, start + s.shape[-1]) > torch.arange(q.shape[1])[:, None], -torch.inf)
-        top = torch.maximum(top, s.amax(-1))
-        p = torch.exp(s - top[..., None])
-        total = total + p.sum(-1)
-        summed = summed + p @ values[:, :, start : start + 64].float()
-    lse = (top + torch.log(total)).transpose(1, 2)
-    return (summed / total[..., None]).transpose(1, 2).to(q.dtype), lse
-
-
-def _unrounded_sum(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-    """A one-sided rounding of the values: the kind of error that only a signed test sees."""
-    out, lse = ops.attention(q, k, v, **kwargs)
-    ulp = torch.exp2(torch.floor(torch.log2(out.float().abs()))) * torch.finfo(out.dtype).eps
-    return (out.float() + 0.5 * ulp * (torch.rand(out.shape) < 0.2)).to(out.dtype), lse
-
-
-@pytest.mark.parametrize(
-    ("broken", "case", "dtype"),
-    [
-        (_wrong_scale, "causal, grouped heads", torch.float32),
-        (_off_by_one, "causal, grouped heads", torch.float32),
-        (_off_by_one, "causal, grouped heads", torch.bfloat16),
-        (_one_key_short, "causal, grouped heads", torch.bfloat16),
-        (_dropped_rescale, "causal, grouped heads", torch.float32),
-        (_dropped_rescale, "causal, grouped heads", torch.bfloat16),
-        (_unrounded_sum, "values around 2", torch.bfloat16),
-    ],
-)
-def test_broken_operator_is_caught(broken: Callable[..., Any], case: str, dtype: torch.dtype) -> None:
-    spec = OPS["attention"]
-    chosen = next(c for c in spec.cases if c.name == case)
-    rows = conformance.check(spec, chosen, dtype, operator=broken)
-    assert any(not row.ok for row in rows), rows
-
-
-def test_bias_gate_alone_catches_a_signed_error() -> None:
-    spec = OPS["attention"]
-    chosen = next(c for c in spec.cases if c.bias)
-    rows = conformance.check(spec, chosen, torch.bfloat16, operator=_unrounded_sum)
-    assert [row.quantity for row in rows if not row.ok] == ["bias"]
-
-
-def test_nan_and_wrong_shape_are_caught() -> None:
-    spec = OPS["attention"]
-    chosen = next(c for c in spec.cases if c.name == "rows that see nothing")
-
-    def nan_rows(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-        out, lse = ops.attention(q, k, v, **kwargs)
-        return out.masked_fill(torch.isneginf(lse)[..., None], torch.nan), lse
-
-    rows = conformance.check(spec, chosen, torch.float32, operator=nan_rows)
-    assert any("NaN" in row.note for row in rows)
-
-    def one_row_short(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Any:
-        return tuple(t[:, :-1] for t in ops.attention(q, k, v, **kwargs))
-
-    rows = conformance.check(spec, dataclasses.replace(chosen, grads=()), torch.float32, operator=one_row_short)
-    assert any("shape" in row.note for row in rows)
+@pytest.mark.parametrize("name", ["attention", "query_sparse_attention"])
+def test_sites_of_attention_are_those_of_the_emulated_kernel(name: str) -> None:
+    kernel = SitePolicy.preset("kernel", BF16)
+    assert {site for site, rounding in kernel.sites.items() if rounding.format == BF16} == set(OPS[name].sites)
 
 
 def test_run_reports_every_cell_once() -> None:
@@ -132,3 +79,6 @@ def test_run_reports_every_cell_once() -> None:
     cases = {row.case for row in rows}
     assert len(cases) == conformance.plan(["merge_partials"], dtypes=(torch.float32,))
     assert {row.backend for row in rows} == {"torch", "reference"}
+    assert {"out", "d_outs", "ulp_row", "bias", "out, parts permuted", "lse, outs x 8", "out, alone"} <= {
+        row.quantity for row in rows
+    }

@@ -16,8 +16,13 @@ from torch import Tensor
 
 from attnkit import ops
 from attnkit._core.triton import interpreted
+from attnkit.lab.numerics import dynamic_max_shift
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = triton.language
+from attnkit._core.triton.maths import LN2, LOG2E  # noqa: E402
+from attnkit.ops._attention_core._triton.steps import raised_max  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not (interpreted() or torch.cuda.is_available()), reason="needs the interpreter or a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Call = Callable[..., Any]
@@ -138,3 +143,17 @@ def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "28 variants compiled" in done.stdout
+
+
+@triton.jit
+def _raise(top, ties, out, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    o = tl.arange(0, BLOCK)
+    tl.store(out + o, raised_max(tl.load(top + o) * LOG2E, tl.load(ties + o), 30 * LOG2E))
+
+
+def test_the_moved_maximum_is_that_of_the_emulator() -> None:
+    tops = [0.0, 1e-7, 0.5, 3.0, 9.0, 40.0, 1e4, -0.5, -3.0, -40.0, -1e4, -torch.inf, 2.0, -2.0, 0.0, 7.0]
+    top, ties = torch.tensor(tops, device=DEVICE), torch.tensor([2] * 12 + [1] * 4, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(top)
+    _raise[(1,)](top, ties, out, BLOCK=16)
+    torch.testing.assert_close(out * LN2.value, dynamic_max_shift(top, ties, beta=4.0), rtol=1e-6, atol=1e-5)

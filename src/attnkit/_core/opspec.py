@@ -1,4 +1,4 @@
-"""What an operator publishes about itself, as data: cases, oracle, naive form, error budget, backends, refusals."""
+"""What an operator publishes about itself, as data: cases, oracle, budget, rounding sites, invariances, backends, refusals."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit._core.dispatch import Backend
+from attnkit._core.invariance import Invariance
 from attnkit._core.registry import Registry
 
 __all__ = ["OPS", "Budget", "Case", "OpSpec", "Refusal"]
@@ -21,8 +22,10 @@ class Budget:
     """How far an operator may be from its float64 oracle, in terms of the same-precision naive form.
 
     max|op - oracle| <= factor * max|naive - oracle| + ulps * unit roundoff * max|oracle|, and the same for the root mean
-    square. On cases marked `bias`, the mean signed error of the outputs must stay within `bias` units in the last place of
-    the output dtype (or within four standard errors of zero, whichever is larger).
+    square. Errors of the first output, counted in units in the last place of its row scale, obey the same with `ulps` units
+    of roundoff (two of them are one unit in the last place), so that small rows and columns are judged by their own size.
+    On cases marked `bias`, the mean signed error of the first output must stay within `bias` units in the last place of the
+    dtype (or within four standard errors of zero, whichever is larger).
 
     Attributes:
         forward: factor for outputs.
@@ -50,7 +53,8 @@ class Case:
         grads: the arguments whose gradients are checked.
         fixed: float arguments that stay in the accumulation dtype whatever dtype the case runs in.
         level: "fast" cases run on every machine, "full" ones where there is time.
-        bias: whether the bias gate judges this case.
+        bias: the dtypes in which the bias gate judges this case.
+        biased: backends that the bias gate leaves out, because they are the plain form and it is biased on this case.
     """
 
     name: str
@@ -58,7 +62,8 @@ class Case:
     grads: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     level: str = "fast"
-    bias: bool = False
+    bias: tuple[torch.dtype, ...] = ()
+    biased: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,11 @@ class OpSpec:
         prepare: the public function's arguments -> the call that backends judge and run.
         backends: in order of preference.
         dtypes: what it takes.
+        sites: where the operator's own backends round to 16 bits at most, by the names of `attnkit.lab.numerics`
+            (FORWARD_SITES, BACKWARD_SITES); what is not named is kept in the accumulation dtype.
+        row_scale: float64 inputs -> the size of the terms that each element of the first output is a sum of, for attention
+            sum_j P_ij |V_jd|; None means the size of the element itself.
+        invariances: what results must do when inputs change.
         capabilities: capability -> "yes", or a limit in words.
         refusals: calls refused by name.
         budget: error budget.
@@ -101,6 +111,9 @@ class OpSpec:
     prepare: Callable[..., Any]
     backends: tuple[Backend[Any], ...]
     dtypes: tuple[torch.dtype, ...]
+    sites: tuple[str, ...]
+    row_scale: Callable[..., Tensor] | None = None
+    invariances: tuple[Invariance, ...] = ()
     capabilities: Mapping[str, str] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     budget: Budget = field(default_factory=Budget)

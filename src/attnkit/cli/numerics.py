@@ -2,7 +2,14 @@
 
 import click
 
-from attnkit.cli import numerics_localise, numerics_probe, numerics_reproduce, numerics_sites, numerics_sweep
+from attnkit.cli import (
+    numerics_conformance,
+    numerics_localise,
+    numerics_probe,
+    numerics_reproduce,
+    numerics_sites,
+    numerics_sweep,
+)
 
 __all__ = ["command"]
 
@@ -11,9 +18,10 @@ command = click.Group(
     commands=[
         numerics_sweep.command,
         numerics_sites.command,
+        numerics_conformance.command,
         numerics_probe.command,
         numerics_localise.command,
         numerics_reproduce.command,
     ],
-    help="Deviation from float64: over formats, lengths and tiles, and by rounding site; rounding in models that are trained.",
+    help="Deviation from float64: over formats, lengths and tiles, by rounding site, of real operators, in trained models.",
 )

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,10 @@ _WIDE = ("units of a row", "bits lost")  # columns that a terminal is too narrow
     "--normalizers", default="exact", callback=parse_names, show_default=True, metavar="N,..",
     help="What the output is divided by: exact sums, or consistent ones, of rounded probabilities.",
 )  # fmt: skip
+@click.option(
+    "--kernels", callback=parse_names, metavar="A,..",
+    help="Measure these on the device too: attnkit:triton, attnkit:triton:stable=delta, sdpa-flash, ...",
+)  # fmt: skip
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="How many, from --seed on.")
 @click.option("--dim", type=click.IntRange(min=1), default=64, show_default=True, help="Head width.")
 @click.option("--causal", is_flag=True, help="Rows see the keys up to their own only.")
@@ -75,6 +80,7 @@ def command(
     policies: tuple[Any, ...],
     distributions: tuple[str, ...],
     normalizers: tuple[Any, ...],
+    kernels: tuple[str, ...] | None,
     seeds: int,
     dim: int,
     causal: bool,
@@ -101,9 +107,31 @@ def command(
     )  # fmt: skip
     with Listener("measuring", folder, silent=quiet or as_json, unit="sets of inputs").listening() as listener:
         document = sweep.run(
-            folder, device=place, resume=resume, on_event=listener.hear, command=shlex.join(["attnkit", *sys.argv[1:]])
-        )
+            folder, device=place, resume=resume, on_event=listener.hear, command=shlex.join(["attnkit", *sys.argv[1:]]),
+            kernels=_kernels(kernels or (), place),
+        )  # fmt: skip
     emit(document, as_json, *_shown(document), f"page: {folder / 'sweep.html'}   data: {folder / 'sweep.json'}")
+
+
+def _kernels(names: tuple[str, ...], device: Any) -> dict[str, Any]:
+    """Contestants of the attention race, as functions of tensors of any size.
+
+    Raises:
+        OptionError: an unknown name, or one that cannot run on the device.
+    """
+    from attnkit._core.errors import OptionError
+    from attnkit.lab.bench.race import Shape, contestants
+    from attnkit.lab.bench.races import RACES
+
+    def measure(peer: Any, **inputs: Any) -> Any:
+        q, k = inputs["q"], inputs["k"]
+        sizes = dict(zip("BTHD", q.shape, strict=True)) | {"Hkv": k.shape[2]}
+        shape = Shape("fwd", sizes, q.dtype, q.device)
+        if reasons := peer.reasons(shape):
+            raise OptionError(f"--kernels {peer.name}: {'; '.join(reasons)}")
+        return peer.make(shape)(**inputs)
+
+    return {peer.name: partial(measure, peer) for peer in contestants(RACES["attention"], names, device)} if names else {}
 
 
 def _shown(document: dict[str, Any]) -> list[Any]:

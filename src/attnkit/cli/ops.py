@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     from attnkit._core.opspec import OpSpec
     from attnkit.lab.numerics.conformance import Row
 
+__all__ = ["check", "command", "level_option"]
+
 _SHOWN_FAILURES = 20
+level_option = click.option(
+    "--level", type=click.Choice(["fast", "full"]), default="fast", show_default=True, help="How many cases."
+)
 
 
 @verb("list", examples=("attnkit ops list", "attnkit ops list --json"), python="from attnkit.ops import OPS\nlist(OPS)")
@@ -61,6 +66,7 @@ def _show(name: str, as_json: bool) -> None:
     from attnkit.report import table
 
     spec = OPS[name]
+    invariances = [invariance.name for invariance in spec.invariances]
     signature = inspect.signature(spec.function)
     plain = signature.replace(
         parameters=[parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()],
@@ -76,6 +82,8 @@ def _show(name: str, as_json: bool) -> None:
         "dtypes": _dtypes(spec.dtypes),
         "capabilities": dict(spec.capabilities),
         "refusals": [{"what": refusal.what, "why": refusal.why} for refusal in spec.refusals],
+        "sites": spec.sites,
+        "invariances": invariances,
         "cases": len(spec.cases),
     }
     emit(
@@ -85,6 +93,8 @@ def _show(name: str, as_json: bool) -> None:
         table(("it can", "how far"), spec.capabilities.items()),
         table(("it refuses", "because"), [(refusal.what, refusal.why) for refusal in spec.refusals]),
         f"backends, in order of preference: {', '.join(_backends(spec))}; {len(spec.cases)} conformance cases",
+        f"in 16 bits it rounds at: {', '.join(spec.sites)}",
+        f"invariances: {', '.join(invariances) or 'none'}",
     )
 
 
@@ -96,10 +106,10 @@ def _show(name: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1)
 @device_option
 @dtype_option
-@click.option("--level", type=click.Choice(["fast", "full"]), default="fast", show_default=True, help="How many cases.")
+@level_option
 @json_option
 @quiet_option
-def _check(names: tuple[str, ...], device: str, dtype: str, level: str, as_json: bool, quiet: bool) -> None:
+def check(names: tuple[str, ...], device: str, dtype: str, level: str, as_json: bool, quiet: bool) -> None:
     """Compare outputs and gradients of the operators NAMES (all by default) with float64, on this machine.
 
     An operator passes where its error stays within a small multiple of the error that the plain form of the same precision
@@ -194,4 +204,4 @@ def _dtypes(dtypes: "Iterable[torch.dtype]") -> list[str]:
     return [str(dtype).removeprefix("torch.") for dtype in dtypes]
 
 
-command = click.Group("ops", commands=[_list, _show, _check], help="Operators: what they accept, and how exact they are here.")
+command = click.Group("ops", commands=[_list, _show, check], help="Operators: what they accept, and how exact they are here.")

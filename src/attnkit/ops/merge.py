@@ -9,6 +9,7 @@ from torch import Tensor
 from attnkit._core.checks import FLOATS, accumulator_dtype, check_dtype, dims
 from attnkit._core.dispatch import Backend, choose, only_when_named
 from attnkit._core.errors import ShapeError
+from attnkit._core.invariance import alone, permuted, scaled
 from attnkit._core.library import define, define_gradient
 from attnkit._core.opspec import Case, OpSpec, Refusal
 
@@ -152,6 +153,10 @@ def _outputs(outs: Tensor, lses: Tensor) -> tuple[Tensor, ...]:
     return _reference(_prepare(outs, lses))
 
 
+def _row_scale(outs: Tensor, lses: Tensor) -> Tensor:
+    return _outputs(outs.abs(), lses)[0]
+
+
 SPEC = OpSpec(
     name="merge_partials",
     summary="merge attention over disjoint key sets by their log-sum-exps",
@@ -159,7 +164,7 @@ SPEC = OpSpec(
     function=merge_partials,
     outputs=("out", "lse"),
     cases=(
-        Case("two parts", _case(2, (2, 33), 3, 32), ("outs", "lses"), ("lses",), bias=True),
+        Case("two parts", _case(2, (2, 33), 3, 32), ("outs", "lses"), ("lses",), bias=FLOATS),
         Case("packed, five parts", _case(5, (65,), 2, 64), ("outs", "lses"), ("lses",)),
         Case("one part", _case(1, (1, 7), 2, 16), ("outs", "lses"), ("lses",)),
         Case("parts and rows that saw nothing", _case(3, (1, 17), 4, 16, hidden=True), ("lses",), ("lses",)),
@@ -170,6 +175,13 @@ SPEC = OpSpec(
     prepare=_prepare,
     backends=BACKENDS,
     dtypes=FLOATS,
+    sites=("O_out", "grad_out"),
+    row_scale=_row_scale,
+    invariances=(
+        permuted("parts", {"outs": 0, "lses": 0}, ("packed, five parts",)),
+        scaled("outs", ("two parts",)),
+        alone({"outs": 1, "lses": 1}, ("two parts",), ("torch",)),
+    ),
     capabilities={
         "cpu": "yes",
         "cuda": "yes",

@@ -27,7 +27,7 @@ def judge(operator: Operator, where: Shape) -> list[conformance.Row]:
 
     case = Case(str(where), make, RACE.grads if where.trains else ())
     rows = conformance.check(ops.OPS["attention"], case, where.dtype, operator=operator)
-    assert len(rows) == (4 if where.trains else 1)
+    assert len(rows) == (5 if where.trains else 2)
     return [row for row in rows if not row.ok]
 
 
@@ -97,6 +97,12 @@ def test_peers_by_default_are_those_of_the_device() -> None:
     mine = peer("mine", right)
     again = contestants(RACE, ["flex", mine, "sdpa", "flex"], CPU)
     assert [each.name for each in again] == ["flex", "mine", "sdpa"]
+
+
+def test_peers_of_ours_may_have_options() -> None:
+    (peer,) = contestants(RACE, ["attnkit:torch:stable=delta:out_dtype=float32"], CPU)
+    made: Any = peer.make(Shape("fwd", {}, torch.float32, CPU))
+    assert made.keywords == {"backend": "torch", "stable": "delta", "out_dtype": torch.float32}
 
 
 def test_work_counts_what_a_causal_mask_leaves() -> None:

@@ -202,6 +202,7 @@ def test_the_given_backend_runs() -> None:
     [
         ({"peers": ["sdpb"]}, OptionError, "unknown peer 'sdpb'; did you mean 'sdpa'?"),
         ({"peers": ["attnkit:sdpb"]}, OptionError, "attention has no backend 'sdpb'"),
+        ({"peers": ["attnkit:torch:stables=delta"]}, OptionError, "attention has no option 'stables'"),
         ({"backend": "sdpb"}, OptionError, "attention has no backend 'sdpb'"),
         ({"backend": "reference", "dims": [16], "passes": ["bwd"]}, OptionError, "unknown pass 'bwd' of attention"),
         ({"dims": [16, 12]}, UnsupportedError, "head width D=12 is outside 16..256"),

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 
 from attnkit._core.errors import OptionError
-from attnkit._core.opspec import OPS
 from attnkit._core.registry import Registry
+from attnkit.ops import OPS
 from attnkit.report.race import OWN
 
 __all__ = ["BACKWARD", "MEMORY_BOUND", "OWN", "Operator", "Peer", "Race", "Shape", "contestants"]
@@ -155,9 +156,10 @@ def contestants(race: Race, chosen: Sequence[str | Peer] | None, device: torch.d
     """Peers by name; by default all that are made for the device.
 
     Args:
-        chosen: names of the registry, "attnkit:BACKEND" for another backend of the operator itself, or peers as they are.
+        chosen: names of the registry, "attnkit:BACKEND" or "attnkit:BACKEND:OPTION=VALUE" for the operator itself with
+            another backend and options ("attnkit:triton:stable=delta"), or peers as they are.
     Raises:
-        OptionError: an unknown peer or backend.
+        OptionError: an unknown peer, backend or option.
     """
     if chosen is None:
         return tuple(peer for peer in race.peers.values() if device.type in peer.devices)
@@ -167,9 +169,19 @@ def contestants(race: Race, chosen: Sequence[str | Peer] | None, device: torch.d
 def _named(race: Race, name: str) -> Peer:
     if not name.startswith(f"{OWN}:"):
         return race.peers[name]
-    backend = name.removeprefix(f"{OWN}:")
+    backend, *given = name.removeprefix(f"{OWN}:").split(":")
     known = [other.name for other in OPS[race.op].backends]
     if backend not in known:
         raise OptionError(f"{race.op} has no backend {backend!r}; choose one of {', '.join(known)}")
+    options = dict(_option(race.op, text) for text in given)
     summary = f"the {backend} backend of the operator"
-    return Peer(name, summary, lambda shape: race.own(backend), devices=("cpu", "cuda"))
+    return Peer(name, summary, lambda shape: partial(race.own(backend), **options), devices=("cpu", "cuda"))
+
+
+def _option(op: str, text: str) -> tuple[str, Any]:
+    """OPTION=VALUE of an operator; a value that names a dtype is one."""
+    name, _, value = text.partition("=")
+    if name not in inspect.signature(OPS[op].function).parameters:
+        raise OptionError(f"{op} has no option {name!r}; write attnkit:BACKEND:OPTION=VALUE, for example stable=delta")
+    found = getattr(torch, value, None)
+    return name, found if isinstance(found, torch.dtype) else value

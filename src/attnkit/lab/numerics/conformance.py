@@ -1,52 +1,29 @@
-"""Conformance: every operator, case, dtype and backend against a float64 oracle, forward and gradients.
+"""Conformance: every operator, case, dtype and backend against a float64 oracle, forward and gradients, and its invariances.
 
 An operator passes where its error stays within its budget (`attnkit._core.opspec.Budget`): a multiple of the error that
 the plain form of the same precision makes on the same inputs, measured here and now, plus a little rounding. No tolerance
 is set by hand. What must be exact is judged exactly: NaN never appears where the oracle is finite, infinities agree.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnkit._core.invariance import Invariance
 from attnkit._core.opspec import Case, OpSpec
 from attnkit._core.settings import settings
+from attnkit.lab.numerics.verdicts import Row, Subject, judge, judge_bias, judge_by_row, judge_exact
 from attnkit.ops import OPS
 
-__all__ = ["Row", "check", "plan", "run"]
+__all__ = ["Row", "check", "check_invariances", "plan", "run"]
 
 Results = dict[str, Tensor]
 Run = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One judged quantity.
-
-    Attributes:
-        quantity: an output's name, "d_" and an input's name for a gradient, "bias" for the bias gate.
-        error: maximum error against the float64 oracle ("bias": mean signed error in units in the last place).
-        budget: what is allowed.
-        naive_error: the same for the plain form of the same precision.
-        note: what went wrong, where it can be said better than with two numbers.
-    """
-
-    op: str
-    case: str
-    dtype: str
-    backend: str
-    quantity: str
-    error: float
-    budget: float
-    naive_error: float
-    ok: bool
-    note: str = ""
 
 
 def run(
@@ -70,10 +47,11 @@ def run(
     """
     rows = []
     for spec, case, dtype in _cells(names, dtypes, level):
-        for row in check(spec, case, dtype, device=device, backends=backends):
-            rows.append(row)
-            if on_row:
-                on_row(row)
+        for judged in (check, check_invariances):
+            for row in judged(spec, case, dtype, device=device, backends=backends):
+                rows.append(row)
+                if on_row:
+                    on_row(row)
     return rows
 
 
@@ -103,17 +81,78 @@ def check(
 ) -> list[Row]:
     """Judge one case in one dtype on every backend that takes it, or one given `operator` in their place."""
     low = _inputs(case, dtype, device)
-    high = {name: value.double() if _is_float(value) else value for name, value in low.items()}
-    weights = torch.Generator().manual_seed(1)
-    with _full_precision(device):
-        oracle = _evaluate(spec, spec.oracle, _retarget(high, torch.float64), case, weights)
-        naive = _evaluate(spec, spec.naive, low, case, weights)
-        rows = []
+    high = _retarget(_widen(low), torch.float64)
+    first = spec.outputs[0]
+    rows = []
+    with _full_precision():
+        oracle = _evaluate(spec, spec.oracle, high, case)
+        naive = _evaluate(spec, spec.naive, low, case)
+        scale = spec.row_scale(**high).cpu() if spec.row_scale else oracle[first]
         for name, function in _operators(spec, low, backends, operator):
-            results = _evaluate(spec, function, low, case, weights)
-            rows += [_judge(spec, case, dtype, name, key, results[key], oracle[key], naive[key]) for key in oracle]
-            if case.bias:
-                rows.append(_judge_bias(spec, case, dtype, name, results["out"], oracle["out"], naive["out"]))
+            subject = Subject(spec, case, dtype, name)
+            results = _evaluate(spec, function, low, case)
+            judged = [judge(subject, key, results[key], oracle[key], naive[key]) for key in oracle]
+            rows += judged
+            if judged[0].error == float("inf"):
+                continue  # the wrong shape, or not finite: there is no error to speak of
+            outputs = results[first], oracle[first], naive[first]
+            rows.append(judge_by_row(subject, *outputs, scale))
+            if dtype in case.bias and name not in case.biased:
+                rows.append(judge_bias(subject, *outputs))
+    return rows
+
+
+def check_invariances(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    *,
+    device: str | torch.device = "cpu",
+    backends: Sequence[str] | None = None,
+    operator: Run | None = None,
+) -> list[Row]:
+    """Judge the spec's invariances that name this case, as `check` judges the case; no rows where none does."""
+    case = dataclasses.replace(case, grads=())
+    low = _inputs(case, dtype, device)
+    rows: list[Row] = []
+    with _full_precision():
+        for invariance in spec.invariances:
+            if case.name in invariance.cases:
+                rows += _judge_change(spec, case, dtype, invariance, low, backends, operator)
+    return rows
+
+
+def _judge_change(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    invariance: Invariance,
+    low: dict[str, Any],
+    backends: Sequence[str] | None,
+    operator: Run | None,
+) -> list[Row]:
+    """One invariance, on whoever promises it and takes the inputs both before and after the change."""
+    changed = invariance.change(low)
+    promised = invariance.backends or [backend.name for backend in spec.backends]
+    only = [name for name in promised if backends is None or name in backends]
+    taken = dict(_operators(spec, low, only, operator))
+    if not invariance.exact:
+        before = _evaluate(spec, spec.oracle, _retarget(_widen(low), torch.float64), case)
+        naive = _evaluate(spec, spec.naive, changed, case)
+    rows = []
+    for name, function in _operators(spec, changed, only, operator):
+        if name not in taken:
+            continue
+        subject = Subject(spec, case, dtype, name)
+        after = _evaluate(spec, function, changed, case)
+        if invariance.exact:
+            before = _evaluate(spec, function, low, case)
+        for key, result in before.items():
+            expected = invariance.expect(key, result)
+            if invariance.exact:
+                rows.append(judge_exact(subject, key, after[key], expected, invariance.name))
+            else:
+                rows.append(judge(subject, key, after[key], expected, naive[key], invariance.name))
     return rows
 
 
@@ -130,6 +169,10 @@ def _inputs(case: Case, dtype: torch.dtype, device: str | torch.device) -> dict[
         elif isinstance(value, Tensor):
             inputs[name] = value.to(device)
     return inputs
+
+
+def _widen(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if _is_float(value) else value for name, value in inputs.items()}
 
 
 def _retarget(inputs: dict[str, Any], out_dtype: torch.dtype) -> dict[str, Any]:
@@ -149,9 +192,9 @@ def _operators(
             yield backend.name, lambda name=backend.name, **kwargs: spec.function(**kwargs, backend=name)
 
 
-def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case, generator: torch.Generator) -> Results:
+def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case) -> Results:
     """Outputs, and gradients of a fixed random weighting of all outputs."""
-    generator.manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     leaves = {name: inputs[name].detach().clone().requires_grad_() for name in case.grads}
     outputs = function(**inputs | leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -166,54 +209,25 @@ def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case, g
     return results
 
 
-def _judge(
-    spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, key: str, got: Tensor, oracle: Tensor, naive: Tensor
-) -> Row:
-    make = partial(Row, spec.name, case.name, str(dtype).removeprefix("torch."), backend, key)
-    if got.shape != oracle.shape:
-        return make(float("inf"), 0.0, 0.0, False, f"shape {tuple(got.shape)}, expected {tuple(oracle.shape)}")
-    finite = torch.isfinite(oracle)
-    if not torch.equal(torch.where(finite, 0, got), torch.where(finite, 0, oracle)) or not torch.isfinite(got[finite]).all():
-        return make(float("inf"), 0.0, 0.0, False, "NaN or infinities differ from the oracle's")
-    if not finite.any():
-        return make(0.0, 0.0, 0.0, True)
-    gradient = key.startswith("d_")
-    budget = spec.budget
-    factor, ulps = (budget.backward, budget.backward_ulps) if gradient else (budget.forward, budget.ulps)
-    kept = torch.promote_types(dtype, torch.float32) if key in ("lse", *(f"d_{name}" for name in case.fixed)) else dtype
-    slack = ulps * torch.finfo(kept).eps / 2 * float(oracle[finite].abs().max())
-    error, reference = (got - oracle)[finite], (naive - oracle)[finite]
-    worst, allowed = float(error.abs().max()), factor * float(reference.abs().max()) + slack
-    spread, allowed_spread = float(error.square().mean().sqrt()), factor * float(reference.square().mean().sqrt()) + slack
-    note = "" if spread <= allowed_spread else f"rms {spread:.2e} is over {allowed_spread:.2e}"
-    return make(worst, allowed, float(reference.abs().max()), worst <= allowed and not note, note)
-
-
-def _judge_bias(spec: OpSpec, case: Case, dtype: torch.dtype, backend: str, got: Tensor, oracle: Tensor, naive: Tensor) -> Row:
-    """Mean signed error in units in the last place; a row shares its rounding of probabilities, so rows are the samples."""
-    ulp = torch.exp2(torch.floor(torch.log2(oracle.abs().clamp(min=1e-30)))) * torch.finfo(dtype).eps
-    error, reference = (((t - oracle) / ulp).mean(-1).flatten() for t in (got, naive))
-    noise = 4 * float(error.std()) / error.numel() ** 0.5
-    bias, allowed = abs(float(error.mean())), max(spec.budget.bias, noise)
-    naive_bias = abs(float(reference.mean()))
-    name = str(dtype).removeprefix("torch.")
-    return Row(spec.name, case.name, name, backend, "bias", bias, allowed, naive_bias, bias <= allowed)
-
-
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _full_precision(device: str | torch.device) -> Any:
-    """Oracles and naive forms in float32 must not be rounded to tf32 on the way."""
-    if torch.device(device).type != "cuda" or not torch.backends.cuda.matmul.allow_tf32:
-        return nullcontext()
-    return _NoTF32()
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products in float32 must not be rounded to TF32 on the way, whichever of torch's switches has allowed it.
 
-
-class _NoTF32:
-    def __enter__(self) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = False
-
-    def __exit__(self, *exc: object) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    `fp32_precision` is set by either of them; asking the older one, `allow_tf32`, raises once the newer has been used.
+    """
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    if before != "tf32":
+        yield
+        return
+    products.fp32_precision = "none"  # what the general switch says
+    own = "none" if products.fp32_precision == before else before
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = own

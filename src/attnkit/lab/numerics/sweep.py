@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -26,6 +26,8 @@ from attnkit.lab.numerics.recurrences import ALGORITHMS, Algorithm
 __all__ = ["SCHEMA", "DeviationSweep"]
 
 SCHEMA = "attnkit.deviation/1"
+DEVICE = "device"  # the policy of what was not emulated
+Kernel = Callable[..., torch.Tensor]
 _FILE = "sweep"
 
 
@@ -97,6 +99,7 @@ class DeviationSweep:
         resume: bool = False,
         on_event: Callable[[Event], None] | None = None,
         command: str | None = None,
+        kernels: Mapping[str, Kernel] | None = None,
     ) -> dict[str, Any]:
         """Measure everything.
 
@@ -106,6 +109,8 @@ class DeviationSweep:
             resume: keep the inputs that the file in `out` is done with.
             on_event: called as the work goes on.
             command: the command line to record; None records this call.
+            kernels: name -> attention on the device itself, called as f(q=, k=, v=, causal=) on tensors of the format; rows of
+                theirs have the policy "device". For formats that torch has.
         Returns:
             the envelope of attnkit.deviation/1, as in the file: a row for each (inputs, algorithm, policy, normaliser,
             tile) with the fields of `Deviation`, and `ratio_max` and `ratio_rms`, max_abs and rms in terms of the
@@ -115,11 +120,14 @@ class DeviationSweep:
             UnsupportedError: what `emulated_attention` refuses.
         """
         place = torch.device(device)
+        kernels = dict(kernels or {})
+        if kernels and not all(name in _DTYPES for name in self.formats):
+            raise OptionError(f"kernels run on {', '.join(_DTYPES)}; formats={self.formats} holds others")
         memory = Memory(
             None if out is None else out / f"{_FILE}.json",
             schema=SCHEMA,
             what="sweep",
-            rules={name: getattr(self, name) for name in _RULES},
+            rules={name: getattr(self, name) for name in _RULES} | {"kernels": list(kernels)},
             command=command or f"attnkit.lab.numerics.{self!r}.run()",
             device=device_name(place),
             dtype=", ".join(self.formats),
@@ -131,14 +139,14 @@ class DeviationSweep:
         tell = on_event or (lambda event: None)
         tell(Event("plan", f"{len(cells)} sets of inputs", done, len(cells)))
         for count, cell in enumerate(todo, done + 1):
-            memory.add(str(cell), list(self._measure(cell, place)))
+            memory.add(str(cell), list(self._measure(cell, place, kernels)))
             tell(Event("step", str(cell), count, len(cells)))
         document = memory.save(complete=True)
         if out is not None:
             report.write_html(out / f"{_FILE}.html", [document])
         return document
 
-    def _measure(self, cell: _Cell, device: torch.device) -> Iterator[dict[str, Any]]:
+    def _measure(self, cell: _Cell, device: torch.device, kernels: Mapping[str, Kernel]) -> Iterator[dict[str, Any]]:
         fmt = parse_format(cell.format)
         generator = torch.Generator().manual_seed(cell.seed)
         drawn = DISTRIBUTIONS[cell.distribution].draw(generator, cell.length, 1, self.width)
@@ -163,8 +171,12 @@ class DeviationSweep:
                 causal=self.causal, normalizer=normalizer,
             )  # fmt: skip
             yield row(result, algorithm, policy, normalizer, block)
+        inputs = {name: t.to(_DTYPES.get(fmt.name, t.dtype)) for name, t in (("q", q), ("k", k), ("v", v))}
+        for name, kernel in kernels.items():
+            yield row(kernel(**inputs, causal=self.causal), name, DEVICE, "exact", None)
 
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _RATIOS = {"max": "max_abs", "rms": "rms"}
 _RULES = ("blocks", "algorithms", "policies", "normalizers", "width", "causal")  # what all rows of a file have in common
 

@@ -1,4 +1,4 @@
-"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, two implementations."""
+"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, implementations."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from attnkit._core.checks import accumulator_dtype
 from attnkit._core.devices import current
 from attnkit._core.library import define, define_gradient
 from attnkit.ops._attention_core.plan import Plan
-from attnkit.ops.attention import blockwise
+from attnkit.ops.attention import blockwise, flash4
 from attnkit.ops.attention.problem import Problem
 
-__all__ = ["run_blockwise", "run_triton"]
+__all__ = ["run_blockwise", "run_fa4", "run_triton"]
 
 Results = tuple[Tensor, ...]
 Forward = tuple[Tensor, Tensor, Tensor | None]  # out, lse, and what rounding took from out
@@ -111,6 +111,42 @@ def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
 
 
+def _direct(run: Callable[..., Forward], gradient: Callable[..., tuple[Tensor | None, ...]]) -> Any:
+    """The autograd function of plain calls."""
+
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            output = run(*args)
+            _save(ctx, args, output)
+            ctx.set_materialize_grads(False)  # nobody may ask for the gradient of the LSE
+            return output[:2]
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+            if d_out is None:
+                d_out = torch.zeros_like(ctx.saved_tensors[-3])
+            return gradient(ctx, d_out, d_lse)
+
+    return Direct
+
+
+def _traced(run: Callable[..., Forward], run_backward: Callable[..., Results]) -> tuple[Callable[..., Results], ...]:
+    """Both passes with the operators' schemas, which know no tensor that may be absent among results: an empty one does."""
+
+    def forward(q: Tensor, *args: Any) -> Results:
+        out, lse, rest = run(q, *args)
+        return out, lse.contiguous(), out.new_empty(0) if rest is None else rest
+
+    def backward(
+        d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, need_bias: bool, *inputs: Any
+    ) -> Results:
+        return run_backward(d_out, d_lse, out, lse, rest if rest.numel() else None, need_bias, *inputs)
+
+    return forward, backward
+
+
 def _register(name: str, forward: Callable[..., Forward], backward: Callable[..., Results]) -> Callable[..., Any]:
     """Define `attnkit::NAME` and its backward operator from implementations on batched inputs, and return what to call.
 
@@ -143,16 +179,6 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
         d_q, d_k, d_v, d_sinks, d_key_bias = grads
         return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
 
-    def run_traced(q: Tensor, *args: Any) -> Results:
-        """The operator's schema knows no tensor that may be absent among results: an empty one stands for it."""
-        out, lse, rest = run(q, *args)
-        return out, lse, out.new_empty(0) if rest is None else rest
-
-    def run_backward_traced(
-        d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, need_bias: bool, *inputs: Any
-    ) -> Results:
-        return run_backward(d_out, d_lse, out, lse, rest if rest.numel() else None, need_bias, *inputs)
-
     def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse, rest = ctx.saved_tensors
         need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
@@ -161,32 +187,20 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
         d_key_bias = grads[4] if need_bias else None
         return (*grads[:3], d_sinks, d_key_bias, *[None] * 9)
 
-    class Direct(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-            output = run(*args)
-            _save(ctx, args, output)
-            ctx.set_materialize_grads(False)  # nobody may ask for the gradient of the LSE
-            return output[:2]
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-            if d_out is None:
-                d_out = torch.zeros_like(ctx.saved_tensors[-3])
-            return gradient(ctx, run_backward, d_out, d_lse)
-
-    operator = define(f"{name}({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)", run_traced, _forward_fake)
-    backward_op = define(f"{name}_backward({_RESULTS}, {_INPUTS}) -> ({_GRADS})", run_backward_traced, _backward_fake)
+    forward_traced, backward_traced = _traced(run, run_backward)
+    operator = define(f"{name}({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)", forward_traced, _forward_fake)
+    backward_op = define(f"{name}_backward({_RESULTS}, {_INPUTS}) -> ({_GRADS})", backward_traced, _backward_fake)
+    direct = _direct(run, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse))
     define_gradient(name, _save, lambda ctx, d_out, d_lse, _: gradient(ctx, backward_op, d_out, d_lse))
 
     def call(*args: Any) -> Any:
         if not _plain(args[:8]):
             return operator(*args)[:2]
-        return Direct.apply(*args) if torch.is_grad_enabled() else run(*args)[:2]  # type: ignore[no-untyped-call]
+        return direct.apply(*args) if torch.is_grad_enabled() else run(*args)[:2]
 
     return call
 
 
 run_blockwise = _register("attention", _blockwise_forward, _blockwise_backward)
 run_triton = _register("attention_triton", _triton_forward, _triton_backward)
+run_fa4 = _register("attention_fa4", flash4.forward, flash4.backward)

@@ -11,7 +11,7 @@ from attnkit._core.devices import capability
 from attnkit._core.dispatch import Backend, only_when_named
 from attnkit._core.triton import HAS_TRITON, interpreted
 from attnkit.ops.attention import flash4
-from attnkit.ops.attention._register import run_blockwise, run_triton
+from attnkit.ops.attention._register import run_blockwise, run_fa4, run_triton
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.attention.reference import MAX_PAIRS, reference
 
@@ -69,6 +69,14 @@ def _fused_refuses(call: AttentionCall) -> list[str]:
 def _old_gpu(call: AttentionCall) -> list[str]:
     old = capability(call.q.device) < (8, 0)
     return ["a GPU older than compute capability 8.0"] if old else []
+
+
+def _fa4(call: AttentionCall) -> Result:
+    out, lse = run_fa4(*_arguments(call))
+    if not call.return_lse:
+        return out, None
+    # a sum that is NaN comes back as an LSE of -inf
+    return out, lse.masked_fill(lse.isneginf() & out.detach()[..., 0].isnan(), torch.nan)
 
 
 def _cudnn_refuses(call: AttentionCall) -> list[str]:
@@ -172,7 +180,7 @@ def _reference_refuses(call: AttentionCall) -> list[str]:
 
 
 BACKENDS: tuple[Backend[AttentionCall], ...] = (
-    Backend("fa4", flash4.run, flash4.refuses, _few_rows),
+    Backend("fa4", _fa4, flash4.refuses, _few_rows),
     Backend("cudnn", _cudnn, _cudnn_refuses, _few_rows),
     Backend("sdpa", _flash, _flash_refuses, _flash_avoids),
     Backend("triton", _triton, _triton_refuses, _triton_avoids),

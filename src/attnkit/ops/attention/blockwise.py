@@ -96,7 +96,8 @@ def backward(
         d_q_view[..., rows, :] = (d_q_tile * p.scale).to(d_q.dtype)
     d_sinks, d_key_bias = p.q.new_empty(0), p.q.new_empty(0)
     if p.sinks is not None:  # the sink's probability times (0 - delta), summed over rows
-        d_sinks = -(torch.exp(p.sinks.to(p.acc) - finite) * delta).sum((0, 1)).to(p.sinks.dtype)
+        terms = (torch.exp(p.sinks.to(p.acc) - finite) * delta).flatten(0, 1)
+        d_sinks = -terms.t().contiguous().sum(1).to(p.sinks.dtype)  # torch sums more exactly along memory
     if d_bias is not None and p.key_bias is not None:
         d_key_bias = d_bias[:, :, 0].transpose(1, 2).reshape(p.key_bias.shape).to(p.key_bias.dtype)
     d_k, d_v = (t.transpose(1, 2).contiguous().to(p.k.dtype) for t in (d_keys, d_values))

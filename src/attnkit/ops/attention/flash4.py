@@ -1,7 +1,7 @@
-"""FlashAttention-4 (the package flash-attn-4, CuTe kernels): what it cannot do, and the call.
+"""FlashAttention-4 (the package flash-attn-4, CuTe kernels): what it cannot do, and its two passes.
 
 The reasons were read from its sources at 4.0.0b36 and its kernels compiled for sm_90a; nothing of it is imported before a
-call that it takes.
+call that it takes. The passes are called one by one, since torch.compile cannot trace its autograd function.
 """
 
 import functools
@@ -16,16 +16,26 @@ import torch
 from torch import Tensor
 
 from attnkit._core.devices import capability, current
+from attnkit._core.errors import BackendUnavailable
 from attnkit.ops.attention.call import AttentionCall
 
-__all__ = ["refuses", "run"]
+__all__ = ["backward", "forward", "refuses"]
 
 PACKAGES = ("flash_attn", "cutlass", "quack", "tvm_ffi")
 MAX_GRID = 65535  # sequences of a batch are one axis of the grid
 
 
-@functools.cache
 def missing() -> list[str]:
+    """What of flash-attn-4 cannot be found, looked for once."""
+    return _search()
+
+
+# what torch.compiler.assume_constant_result sets, after a second of importing: the tracer calls it and does not look inside
+missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _search() -> list[str]:
     """What of flash-attn-4 cannot be found; FlashAttention-2 also calls itself flash_attn, so the name is not enough."""
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     spec = importlib.util.find_spec("flash_attn")
@@ -39,8 +49,6 @@ def missing() -> list[str]:
 
 def refuses(call: AttentionCall) -> list[str]:
     """Why FlashAttention-4 cannot run the call; where its sources leave a doubt our own kernels serve."""
-    if torch.compiler.is_compiling():
-        return ["torch.compile cannot trace its kernels' own compiler"]
     if missing():
         return [f"flash-attn-4 is not installed (no {', '.join(missing())})"]
     q, k, v = call.q, call.k, call.v
@@ -103,24 +111,48 @@ def _expanded(tensor: Tensor) -> bool:
 def _load() -> Any:
     # its compiler warns of one argument of its own at every kernel, the backward's in another thread
     warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
-    return importlib.import_module("flash_attn.cute")
+    module = importlib.import_module("flash_attn.cute.interface")
+    if absent := [name for name in ("_flash_attn_fwd", "_flash_attn_bwd") if not hasattr(module, name)]:
+        raise BackendUnavailable(
+            f"this flash-attn-4 has no {' and no '.join(absent)}; install 4.0.0b36, or set ATTNKIT_DISABLE=attention.fa4"
+        )
+    return module
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    """Run a call that `refuses` has nothing against."""
-    q, k, v = call.q, call.k, call.v
-    # sides that reach every key are unbounded: cheaper, and within its 32-bit integers
-    left = call.left if 0 <= call.left < k.shape[-3] - 1 else None
-    right = call.right if 0 <= call.right < q.shape[-3] - 1 else None
-    options = {"softmax_scale": call.scale, "window_size": (left, right), "return_lse": call.return_lse}
-    with current(q.device):
-        if call.cu_seqlens_q is None:
-            out, lse = _load().flash_attn_func(q, k, v, **options)
-        else:
-            packed = {"cu_seqlens_q": call.cu_seqlens_q, "cu_seqlens_k": call.cu_seqlens_k}
-            out, lse = _load().flash_attn_varlen_func(q, k, v, **packed, **options)
-    if not call.return_lse:
-        return out, None
+def _arguments(inputs: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """q, k and v in its shapes, and the options that both passes take."""
+    q, k, v, _, _, cu_q, cu_k, _, scale, left, right, *_ = inputs
+    options = {
+        "softmax_scale": scale,
+        # sides that reach every key are unbounded: cheaper, and within its 32-bit integers
+        "window_size_left": left if 0 <= left < k.shape[1] - 1 else None,
+        "window_size_right": right if 0 <= right < q.shape[1] - 1 else None,
+    }
+    if cu_q is None:
+        return (q, k, v), options
+    return (q[0], k[0], v[0]), options | {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+
+
+def forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> tuple[Tensor, Tensor, None]:
+    """out [B, T, H, Dv] and lse [B, T, H] of a call that `refuses` has nothing against; packed ones as a batch of one."""
+    tensors, options = _arguments(inputs)
+    with current(tensors[0].device):
+        out, lse, *_ = _load()._flash_attn_fwd(*tensors, return_lse=True, **options)
     lse = lse.transpose(-1, -2)
-    # a sum that is NaN comes back as an LSE of -inf
-    return out, lse.masked_fill(lse.isneginf() & out.detach()[..., 0].isnan(), torch.nan)
+    return (out, lse, None) if out.dim() == 4 else (out[None], lse[None], None)
+
+
+def backward(
+    inputs: tuple[Any, ...], d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor, rest: None, need_bias: bool
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v; empty tensors for those of what it does not take."""
+    tensors, options = _arguments(inputs)
+    if tensors[0].dim() == 3:
+        d_out, out, lse = d_out[0], out[0], lse[0]
+        d_lse = None if d_lse is None else d_lse[0]
+    lse = lse.transpose(-1, -2).contiguous()
+    d_lse = None if d_lse is None else d_lse.transpose(-1, -2).contiguous()
+    with current(out.device):
+        grads = _load()._flash_attn_bwd(*tensors, out, d_out, lse, dlse=d_lse, **options)
+    d_q, d_k, d_v = grads if tensors[0].dim() == 4 else (t[None] for t in grads)
+    return d_q, d_k, d_v, d_q.new_empty(0), d_q.new_empty(0)
