@@ -22,7 +22,7 @@ def lines(prefix: str, over: Lines, *, y: str, zero: bool = False) -> str:
     ends = "; ".join(
         f"{panel}, {name}: {number(points[-1][1])}" for panel, found in over.items() for name, points in found.items() if points
     )
-    with canvas(prefix, max(5.2, 3.4 * len(over)), 3.4, len(over), alt=f"{y} over steps, at the end: {ends}") as drawn:
+    with canvas(prefix, 3.2 * len(over) + 2.6, 3.4, len(over), alt=f"{y} over steps, at the end: {ends}") as drawn:
         for axes, (panel, found) in zip(drawn.axes, over.items(), strict=True):
             if zero:
                 axes.axhline(0.0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -36,6 +36,6 @@ def lines(prefix: str, over: Lines, *, y: str, zero: bool = False) -> str:
             axes.set_title(panel)
             axes.set_xlabel("steps")
         drawn.axes[0].set_ylabel(y)
-        for text in drawn.axes[-1].legend(fontsize=7).get_texts():
+        for text in drawn.axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5)).get_texts():
             text.set_color(MUTED)
     return drawn.svg

@@ -11,7 +11,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from watched_models import plant_drift, run, tiny
+from watched_models import batches, plant_drift, run, tiny
 
 from attnkit._core.errors import CheckFailed, InputError, OptionError, UnsupportedError
 from attnkit.lab.numerics import StabilityMonitor
@@ -61,7 +61,7 @@ def test_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     plant_drift(monkeypatch, head=0, share=1e-2)
     model = tiny()
     monitor = StabilityMonitor(model, every=1, action="raise")
-    with pytest.raises(CheckFailed, match=rf"{FIRST}, step \d+: level (warn|act), heads 0: eps leans one way"):
+    with pytest.raises(CheckFailed, match=rf"{FIRST}, step {MIN_SAMPLES - 1}: level (warn|act), heads 0: eps leans one way"):
         run(model, 60, monitor.step)
     assert all(layer.operator is attention for layer in mixers(model))
 
@@ -120,6 +120,21 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
         reports.append(monitor.report()["rows"])
     assert [row["samples"] for row in reports[1]] == [3] * 8
     assert reports[0] == reports[1]
+
+
+def test_the_first_pass_of_a_step_is_the_one_that_is_looked_at() -> None:
+    """Steps that add up the gradients of several batches."""
+    found = []
+    for passes in (1, 3):
+        model, read = tiny(), batches()
+        with StabilityMonitor(model, every=1) as monitor:
+            for _ in range(passes):
+                with torch.autocast("cpu", torch.bfloat16):
+                    model(**next(read)).loss.backward()
+            monitor.step()
+        found.append(monitor.report()["rows"])
+    assert found[0] == found[1]
+    assert found[0][0]["samples"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's tracer looks at it
@@ -277,7 +292,6 @@ def test_plot(tmp_path: Path) -> None:
 
 def test_callback(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
-    from watched_models import batches
 
     from attnkit.lab.numerics.callback import StabilityCallback
 

@@ -72,8 +72,7 @@ class Watch:
         def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
             out = operator(q, k, v, **options)
             # what a checkpoint computes again has no backward pass of its own, or its first pass had none
-            wanted = name not in self._probed and torch.is_grad_enabled() and out.requires_grad
-            if wanted and not torch.compiler.is_compiling():
+            if name not in self._probed and out.requires_grad and not torch.compiler.is_compiling():
                 self._look(name, q, k, v, out, options)
             return out
 
