@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from attnkit._core.errors import OptionError
 from attnkit.cli._common import (
     device_option,
     emit,
@@ -29,7 +30,7 @@ _SIZE = click.IntRange(min=1)
     "weights-study",
     examples=(
         "attnkit numerics weights-study --steps 300 --out study",
-        "attnkit numerics weights-study --steps 1000 --every 50 --dim 512 --layers 8 --heads 8 --context 1024 --out study",
+        "attnkit numerics weights-study --steps 1000 --every 50 --dim 384 --layers 6 --heads 6 --context 512 --out study",
     ),
     python=(
         "from attnkit.lab.numerics.weight_study import WeightStudy\n"
@@ -78,6 +79,8 @@ def command(
     Exit codes: 3 text or package not installed; 4 bad input; 5 no such device or out of memory; 130 interrupted.
     """
     place, folder = resolve_device(device), out or Path("attnkit-weights")
+    if place.index:
+        raise OptionError(f"--device {device}: the trainer takes the first visible GPU; set CUDA_VISIBLE_DEVICES={place.index}")
     from attnkit.lab.numerics.weight_study import WeightStudy
 
     study = WeightStudy(

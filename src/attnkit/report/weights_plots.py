@@ -63,10 +63,7 @@ def significances(prefix: str, found: Sequence[Row], paper: Sequence[float]) -> 
         for index, (metric, name) in enumerate(METRICS.items()):
             color, marker = series(index)
             values = [entry[metric] for entry in found]
-            whiskers = [
-                [max(value["value"] - value["low"], 0) for value in values],
-                [max(value["high"] - value["value"], 0) for value in values],
-            ]
+            whiskers = [[_length(value, end) for value in values] for end in ("low", "high")]
             axes.errorbar(
                 [entry["step"] for entry in found], [value["value"] for value in values], yerr=whiskers,
                 color=color, marker=marker, markersize=4, linewidth=1.2, elinewidth=0.8, capsize=2, label=name,
@@ -97,6 +94,14 @@ def save_curves(stem: Path, document: Mapping[str, Any]) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=150)
         write_bytes(stem.with_suffix(f".{kind}"), buffer.getvalue())
+
+
+def _length(ratio: Row, end: str) -> float:
+    """Of a whisker; one without an end is not drawn, nor one that would point inwards."""
+    if ratio[end] is None:
+        return 0.0
+    outwards: float = ratio[end] - ratio["value"] if end == "high" else ratio["value"] - ratio[end]
+    return max(0.0, outwards)
 
 
 def _draw_distances(axes: Sequence["Axes"], rows: Sequence[Row], colors: Sequence[str]) -> None:

@@ -140,3 +140,13 @@ def test_tensors_weigh_as_much_as_they_have_elements() -> None:
     ratio = significance(found, whole)["w1"]
     assert ratio.value == pytest.approx((900 * 1 + 100 * 5) / 1000 / 2)
     assert (ratio.low, ratio.high) == pytest.approx((0.5, 2.5))
+
+
+def test_bands_that_rest_on_one_tensor_have_no_upper_end() -> None:
+    """A sample without that tensor says nothing about the others, and nothing can be accepted."""
+    zero = {name: torch.zeros(10) for name in ("a", "b", "c")}
+    band = weight_deviation(zero, zero | {"a": torch.ones(10)})
+    small = weight_deviation(zero, {name: torch.full((10,), 1e-3) for name in zero})
+    verdict = contextualize(small, ReferenceBands(band, band), margin=1.0)
+    assert verdict.outcome == "inconclusive"
+    assert {ratio.high for ratio in verdict.ratios.values()} == {math.inf}

@@ -270,5 +270,11 @@ def test_a_verdict_is_drawn_and_a_repetition_that_differs(done: tuple[Path, dict
     assert lead[-1].startswith("Verdict: reject (w1 above 1 times the smaller band). This bounds how similar")
 
 
+def test_an_interval_without_an_end_is_drawn(done: tuple[Path, dict[str, Any], list[Event]]) -> None:
+    ratio = {"value": 0.25, "low": 0.1, "high": None}
+    found = [{"step": step, "max_abs": ratio, "w1": ratio} for step in (2, 4)]
+    assert "Significance at step 4: D_max 0.250, W1 0.250" in report.render_html([done[1] | {"significance": found}])
+
+
 def test_a_result_without_rows(done: tuple[Path, dict[str, Any], list[Event]]) -> None:
     assert report.SECTIONS["attnkit.weights/1"].draw(done[1] | {"rows": []}).lead == ["Nothing was compared."]

@@ -146,8 +146,9 @@ def _ratio(part: WeightDeviation, wholes: Sequence[WeightDeviation], metric: Met
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.asarray(top / np.min(bottoms, axis=0))
 
-    low, high = np.nanpercentile(quotient(places), [2.5, 97.5])
-    return Ratio(float(quotient(np.arange(len(names)))), float(low), float(high))
+    with np.errstate(invalid="ignore"):  # between two infinities there is nothing to interpolate
+        low, high = np.nanpercentile(quotient(places), [2.5, 97.5])
+    return Ratio(float(quotient(np.arange(len(names)))), float(np.nan_to_num(low)), math.inf if np.isnan(high) else float(high))
 
 
 def _aggregator(deviation: WeightDeviation, metric: Metric, sizes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

@@ -127,6 +127,7 @@ class WeightStudy:
             runs = WeightDivergence(
                 out / "baseline", out / "flash", random_init=out / "other-init", precision=out / "fp32", repeat=out / "repeat"
             )
+            on_event(Event("phase", "comparing weights", len(ARMS) * tokens, len(ARMS) * tokens))
             divergence = runs.compare(device=place)
             threads = torch.get_num_threads()
         results = {name: report.read_envelope(out / name / "train.json") for name in ARMS}
