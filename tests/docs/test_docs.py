@@ -34,6 +34,7 @@ NAMESPACES = [
     "lab.compare",
     "lab.numerics",
     "lab.numerics.conformance",
+    "lab.numerics.weight_study",
     "lab.tune",
     "models",
     "modules",
@@ -161,6 +162,23 @@ def test_deviation_is_quoted_as_it_was_measured() -> None:
     assert [row for row in quoted if row not in measured] == []
     assert [name for name in FORMATS if f"`{name}`" not in text] == []
     assert {row[1] for row in quoted} <= set(DISTRIBUTIONS)
+
+
+def test_divergence_is_quoted_as_it_was_measured() -> None:
+    """Every row of the table in docs/numerics.md is what its result file says of the last step."""
+    from attnkit.report import interval, read_envelope
+
+    measured = set()
+    for path in (ROOT / "benchmarks" / "results").glob("numerics-weights*.json"):
+        document = read_envelope(path)
+        last, study = document["significance"][-1], document["study"]
+        rate = "" if study["learning_rate"] == 1e-3 else f", learning rate {study['learning_rate']:.0e}".replace("e-0", "e-")
+        ratios = [interval(*(last[metric][part] for part in ("value", "low", "high")), 2) for metric in ("max_abs", "w1")]
+        measured.add((f"seed {study['seed']}{rate}", *ratios))
+    text = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    quoted = {tuple(line.strip("| ").split(" | ")) for line in text.splitlines() if line.startswith("| seed ")}
+    assert len(quoted) == 5
+    assert quoted == measured
 
 
 def test_methods_are_described() -> None:

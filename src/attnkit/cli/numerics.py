@@ -2,12 +2,12 @@
 
 import click
 
-from attnkit.cli import numerics_sites, numerics_sweep
+from attnkit.cli import numerics_sites, numerics_sweep, numerics_weights, numerics_weights_study
 
 __all__ = ["command"]
 
 command = click.Group(
     "numerics",
-    commands=[numerics_sweep.command, numerics_sites.command],
-    help="Deviation from float64: over formats, lengths and tiles, and by rounding site.",
+    commands=[numerics_sweep.command, numerics_sites.command, numerics_weights.command, numerics_weights_study.command],
+    help="Deviation from float64, by format, length, tile and rounding site; and of the weights of training runs.",
 )

@@ -1,6 +1,6 @@
 """Results for people and programs: JSON envelopes, tables, one self-contained HTML page."""
 
-from attnkit.report import compare, deviation, race, train
+from attnkit.report import compare, deviation, race, train, weights
 from attnkit.report.files import envelope, plain, read_envelope, versions, write_bytes, write_json, write_text
 from attnkit.report.page import SECTIONS, Figure, Section, SectionSpec, Table, render_html, write_html
 from attnkit.report.tables import interval, markdown_table, number, table
@@ -31,3 +31,4 @@ SECTIONS.register("attnkit.deviation/1", deviation.SPEC)
 SECTIONS.register("attnkit.race/1", race.SPEC)
 SECTIONS.register("attnkit.sites/1", deviation.SITES)
 SECTIONS.register("attnkit.train/1", train.SPEC)
+SECTIONS.register("attnkit.weights/1", weights.SPEC)

@@ -3,9 +3,12 @@
 `golden_attention` is the true value. `emulated_attention` computes attention as an algorithm does, with its roundings at
 named sites (`SitePolicy`) in any format (`FloatFormat`), and its gradients likewise. `deviation` compares,
 `attribute_sites` says which rounding is to blame, `DeviationSweep` measures over formats, lengths and tiles. `conformance`
-judges real operators.
+judges real operators. `WeightDivergence` compares the weights of training runs, `contextualize` says whether that is much, and
+`weight_study` makes such runs.
 """
 
+from attnkit.lab.numerics.bands import Ratio, ReferenceBands, Verdict, contextualize, significance
+from attnkit.lab.numerics.divergence import Divergence, WeightDivergence
 from attnkit.lab.numerics.emulate import EmulationStats, emulated_attention
 from attnkit.lab.numerics.formats import (
     BF16,
@@ -28,6 +31,7 @@ from attnkit.lab.numerics.metrics import Deviation, attribute_sites, deviation
 from attnkit.lab.numerics.policy import BACKWARD_SITES, FORWARD_SITES, Rounding, SitePolicy
 from attnkit.lab.numerics.shift import dynamic_max_shift
 from attnkit.lab.numerics.sweep import DeviationSweep
+from attnkit.lab.numerics.weights import TensorDeviation, WeightDeviation, wasserstein1d, weight_deviation
 
 __all__ = [
     "FORMATS",
@@ -58,4 +62,15 @@ __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
     "tied_maxima",
+    "wasserstein1d",
+    "weight_deviation",
+    "WeightDeviation",
+    "TensorDeviation",
+    "WeightDivergence",
+    "Divergence",
+    "ReferenceBands",
+    "contextualize",
+    "significance",
+    "Ratio",
+    "Verdict",
 ]
