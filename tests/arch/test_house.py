@@ -84,6 +84,8 @@ def test_every_module_imports_without_the_extras_it_may_lack() -> None:
         "attnkit.lab.bench.training",
         "attnkit.lab.compare",
         "attnkit.lab.numerics.callback",
+        "attnkit.lab.numerics.stored_attention",
+        "attnkit.lab.numerics.weight_study",
     )
     code = (
         "import sys, importlib\n"

@@ -35,6 +35,7 @@ NAMESPACES = [
     "lab.numerics",
     "lab.numerics.callback",
     "lab.numerics.conformance",
+    "lab.numerics.weight_study",
     "lab.tune",
     "models",
     "modules",
@@ -176,6 +177,23 @@ def test_the_reproduction_is_quoted_as_it_was_measured() -> None:
     assert set(quoted) <= measured
     assert max(abs(row["z"]) for row in document["rows"] if row["part"] == "training") < 2.5
     assert max(row["error"] for row in document["rows"] if row["part"] == "algebra") < 2e-13
+
+
+def test_divergence_is_quoted_as_it_was_measured() -> None:
+    """Every row of the table in docs/numerics.md is what its result file says of the last step."""
+    from attnkit.report import interval, read_envelope
+
+    measured = set()
+    for path in (ROOT / "benchmarks" / "results").glob("numerics-weights*.json"):
+        document = read_envelope(path)
+        last, study = document["significance"][-1], document["study"]
+        rate = "" if study["learning_rate"] == 1e-3 else f", learning rate {study['learning_rate']:.0e}".replace("e-0", "e-")
+        ratios = [interval(*(last[metric][part] for part in ("value", "low", "high")), 2) for metric in ("max_abs", "w1")]
+        measured.add((f"seed {study['seed']}{rate}", *ratios))
+    text = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    quoted = {tuple(line.strip("| ").split(" | ")) for line in text.splitlines() if line.startswith("| seed ")}
+    assert len(quoted) == 5
+    assert quoted == measured
 
 
 def test_methods_are_described() -> None:

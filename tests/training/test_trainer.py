@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from attnkit import report, training
 from attnkit._core.errors import InputError, OptionError, UnsupportedError
 from attnkit._core.events import Event
+from attnkit.models import AttnkitDecoderConfig
 from attnkit.training.data import IGNORED, Work
 from attnkit.training.meters import Meters
 from attnkit.training.work import attention_channels, counted_parameters, peak_flops, training_flops
@@ -196,6 +197,11 @@ def test_operations_are_counted_by_document() -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     assert counted_parameters(model) == total - 50 * 32
     assert attention_channels(config) == 3 * 2 * 16
+    hybrid = AttnkitDecoderConfig(
+        hidden_size=32, num_attention_heads=2, num_hidden_layers=3, sliding_window=4,
+        mixer_types=["attention", "sliding_attention", "attention_nope"],
+    )  # fmt: skip
+    assert attention_channels(hybrid) == 2 * 2 * 16
     assert training_flops(1000, 96, Work(tokens=30, targets=28, squares=500)) == 6 * 1000 * 30 + 12 * 96 * 500 / 2
     tied = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": True}))
     assert counted_parameters(tied) == sum(parameter.numel() for parameter in tied.parameters())

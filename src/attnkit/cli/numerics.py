@@ -9,6 +9,8 @@ from attnkit.cli import (
     numerics_reproduce,
     numerics_sites,
     numerics_sweep,
+    numerics_weights,
+    numerics_weights_study,
 )
 
 __all__ = ["command"]
@@ -22,6 +24,8 @@ command = click.Group(
         numerics_probe.command,
         numerics_localise.command,
         numerics_reproduce.command,
+        numerics_weights.command,
+        numerics_weights_study.command,
     ],
-    help="Deviation from float64: over formats, lengths and tiles, by rounding site, of real operators, in trained models.",
+    help="Deviation from float64: emulated, of real operators, in trained models; and of the weights of training runs.",
 )

@@ -1,6 +1,6 @@
 """Results for people and programs: JSON envelopes, tables, one self-contained HTML page."""
 
-from attnkit.report import compare, deviation, race, reproduce, stability, train
+from attnkit.report import compare, deviation, race, reproduce, stability, train, weights
 from attnkit.report.files import envelope, plain, read_envelope, versions, write_bytes, write_json, write_text
 from attnkit.report.page import SECTIONS, Figure, Section, SectionSpec, Table, render_html, write_html
 from attnkit.report.tables import interval, markdown_table, number, table
@@ -34,3 +34,4 @@ SECTIONS.register("attnkit.reproduce/1", reproduce.SPEC)
 SECTIONS.register("attnkit.sites/1", deviation.SITES)
 SECTIONS.register("attnkit.stability/1", stability.SPEC)
 SECTIONS.register("attnkit.train/1", train.SPEC)
+SECTIONS.register("attnkit.weights/1", weights.SPEC)

@@ -6,6 +6,7 @@ for _package in ("transformers", "accelerate"):
     require(_package, extra="train")  # where one is missing, this says how to get it
 
 from attnkit.training.baselines import KneserNey  # noqa: E402
+from attnkit.training.callbacks import SnapshotCallback  # noqa: E402
 from attnkit.training.checkpoints import last_complete  # noqa: E402
 from attnkit.training.data import PackedRows, TextData, Work, load_text_data, pack  # noqa: E402
 from attnkit.training.evaluate import Validation, validate  # noqa: E402
@@ -24,6 +25,7 @@ __all__ = [
     "PackedRows",
     "Recipe",
     "Score",
+    "SnapshotCallback",
     "TaskData",
     "TextData",
     "TextTokenizer",

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from attnkit._core.errors import OptionError
 from attnkit._core.events import Event, Kind
+from attnkit._core.files import new_folder
 from attnkit.training.checkpoints import seal
 from attnkit.training.data.packing import Work
 from attnkit.training.evaluate import validate
@@ -20,7 +22,7 @@ from attnkit.training.meters import Meters
 from attnkit.training.recipe import Recipe
 from attnkit.training.work import attention_channels, counted_parameters
 
-__all__ = ["JournalCallback", "SealCallback", "StopCallback"]
+__all__ = ["JournalCallback", "SealCallback", "SnapshotCallback", "StopCallback"]
 
 Listener = Callable[[Event], None]
 
@@ -128,6 +130,39 @@ class SealCallback(TrainerCallback):
             torch.distributed.barrier()
         if state.is_world_process_zero:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+class SnapshotCallback(TrainerCallback):
+    """Keeps the weights at the start, every few steps and at the end, as `snapshot-<step>` in the folder of the run.
+
+    Checkpoints are there to go on from, and only the newest stay; snapshots are there to be compared, and all stay. For models
+    that are whole on one device.
+
+    Args:
+        every: steps between snapshots.
+    Raises:
+        OptionError: `every` is below 1.
+    """
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise OptionError(f"every={every} is not allowed; choose 1 or more")
+        self._every = every
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the weights that training begins with."""
+        if state.global_step == 0:
+            self._keep(args, state, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the weights where it is time."""
+        if state.global_step % self._every == 0 or state.global_step >= state.max_steps:
+            self._keep(args, state, kwargs["model"])
+
+    def _keep(self, args: Any, state: Any, model: Any) -> None:
+        if state.is_world_process_zero:
+            with new_folder(Path(args.output_dir) / f"snapshot-{state.global_step}") as temporary:
+                model.save_pretrained(temporary)
 
 
 class StopCallback(TrainerCallback):

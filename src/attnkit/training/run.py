@@ -3,11 +3,12 @@
 import json
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from attnkit import report
 from attnkit._core.devices import device_name
@@ -36,6 +37,7 @@ def train(
     validation_rows: int = VALIDATION_ROWS,
     command: str = "attnkit.training.train(...)",
     on_event: Callable[[Event], None] = lambda event: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train a model in a folder, or go on where the folder's newest whole checkpoint stands.
 
@@ -43,7 +45,7 @@ def train(
     `loss.png` (where matplotlib is installed) and `model/`.
 
     Args:
-        model, data, recipe, device, validation_rows, on_event: see `make_trainer`.
+        model, data, recipe, device, validation_rows, on_event, callbacks: see `make_trainer`.
         out: folder of the run.
         resume: go on; a folder without a whole checkpoint begins anew.
         command: for the result file.
@@ -57,7 +59,10 @@ def train(
     started = time.monotonic()
     facts = report.plain({"model": _model_facts(model), "data": data.facts, "recipe": recipe.facts()})
     checkpoint = _check_folder(out, facts, resume)
-    trainer = make_trainer(model, data, recipe, out, device=device, validation_rows=validation_rows, on_event=on_event)
+    trainer = make_trainer(
+        model, data, recipe, out,
+        device=device, validation_rows=validation_rows, on_event=on_event, callbacks=callbacks,
+    )  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # every process has looked at the folder before one of them writes there
     if trainer.is_world_process_zero():

@@ -1,12 +1,12 @@
 """transformers' Trainer, set up: nothing here trains by itself."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from attnkit._core.errors import InputError, UnsupportedError
 from attnkit._core.events import Event
@@ -59,6 +59,7 @@ def make_trainer(
     device: str = "auto",
     validation_rows: int = VALIDATION_ROWS,
     on_event: Callable[[Event], None] = lambda event: None,
+    callbacks: Sequence[TrainerCallback] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """Build a plain `transformers.Trainer` with our data, recipe and callbacks.
@@ -75,6 +76,7 @@ def make_trainer(
         device: "auto", "cpu" or "cuda".
         validation_rows: rows of text that a validation reads at most; tasks are always read whole.
         on_event: told the progress, in tokens.
+        callbacks: further ones, for example a `SnapshotCallback`.
         options: further fields of `transformers.TrainingArguments`, for example {"gradient_checkpointing": True}.
     Raises:
         InputError: the data has more tokens in its vocabulary or its sequences than the model, or too few rows.
@@ -88,7 +90,7 @@ def make_trainer(
         args=_arguments(recipe, out, device, options or {}),
         train_dataset=_OneByOne(data.train),
         data_collator=_unwrap,
-        callbacks=[StopCallback(), logged, SealCallback()],
+        callbacks=[StopCallback(), logged, SealCallback(), *callbacks],
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)

@@ -29,8 +29,11 @@ def counted_parameters(model: Any) -> int:
 
 def attention_channels(config: Any) -> int:
     """Layers x heads x head width of the layers whose cost grows with the square of the length."""
+    from attnkit.models import MIXERS
+
     mixers = getattr(config, "mixer_types", None)
-    layers = config.num_hidden_layers if mixers is None else sum(name == "attention" for name in mixers)
+    whole = [name for name in mixers or () if MIXERS[name].cache_type == "full_attention"]
+    layers = config.num_hidden_layers if mixers is None else len(whole)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(layers * config.num_attention_heads * width)
 

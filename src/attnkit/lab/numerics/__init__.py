@@ -6,9 +6,12 @@ named sites (`SitePolicy`) in any format (`FloatFormat`), and its gradients like
 judges real operators.
 
 `RoundingBiasProbe` looks at one call of a real training, `StabilityMonitor` at a whole one, `localise` says which layer and
-head an error comes from, and `Reproduction` shows on small models what it does.
+head an error comes from, and `Reproduction` shows on small models what it does. `WeightDivergence` compares the weights of
+training runs, `contextualize` says whether that is much, and `weight_study` makes such runs.
 """
 
+from attnkit.lab.numerics.bands import Ratio, ReferenceBands, Verdict, contextualize, significance
+from attnkit.lab.numerics.divergence import Divergence, WeightDivergence
 from attnkit.lab.numerics.emulate import EmulationStats, emulated_attention
 from attnkit.lab.numerics.formats import (
     BF16,
@@ -35,6 +38,7 @@ from attnkit.lab.numerics.probe import Probed, ProbeReport, RoundingBiasProbe
 from attnkit.lab.numerics.reproduce import Reproduction
 from attnkit.lab.numerics.shift import dynamic_max_shift
 from attnkit.lab.numerics.sweep import DeviationSweep
+from attnkit.lab.numerics.weights import TensorDeviation, WeightDeviation, wasserstein1d, weight_deviation
 
 __all__ = [
     "FORMATS",
@@ -71,4 +75,15 @@ __all__ = [
     "StabilityMonitor",
     "localise",
     "Reproduction",
+    "wasserstein1d",
+    "weight_deviation",
+    "WeightDeviation",
+    "TensorDeviation",
+    "WeightDivergence",
+    "Divergence",
+    "ReferenceBands",
+    "contextualize",
+    "significance",
+    "Ratio",
+    "Verdict",
 ]
