@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -22,6 +22,7 @@ from attnkit.lab.numerics.inputs import DISTRIBUTIONS
 from attnkit.lab.numerics.metrics import deviation
 from attnkit.lab.numerics.policy import PRESETS, Preset, SitePolicy
 from attnkit.lab.numerics.recurrences import ALGORITHMS, Algorithm
+from attnkit.report.resuming import earlier, require_same
 
 __all__ = ["SCHEMA", "DeviationSweep"]
 
@@ -164,24 +165,16 @@ class _Memory:
     """The result file, written after every set of inputs and read to go on."""
 
     def __init__(self, out: Path | None, sweep: DeviationSweep, device: str, command: str, *, resume: bool) -> None:
-        if resume and out is None:
-            raise OptionError("resume=True needs out, the folder of the sweep to continue")
         self._path = None if out is None else out / f"{_FILE}.json"
         self._sweep, self._device, self._command = sweep, device, command
         self._began, self._spent = time.perf_counter(), 0.0
         self._rows: list[dict[str, Any]] = []
         self.finished: list[str] = []
-        if self._path is None or not self._path.exists():
-            return
-        stored = report.read_envelope(self._path)
-        if resume:
-            self._require_same(stored)
+        stored = earlier(self._path, "sweep", resume=resume)
+        if stored is not None and self._path is not None:
+            now = self._rules() | {"schema": SCHEMA, "device": device, "versions": report.versions()}
+            require_same(self._path, stored, report.plain(now))
             self._rows, self.finished, self._spent = stored["rows"], stored["finished"], stored["wall_s"]
-        elif not stored.get("complete", True):
-            raise OptionError(
-                f"{self._path} is an unfinished sweep; continue it with resume (--resume), choose another out (--out), or "
-                "delete it"
-            )
 
     def add(self, cell: _Cell, rows: list[dict[str, Any]]) -> None:
         """Record one set of inputs."""
@@ -207,15 +200,6 @@ class _Memory:
 
     def _rules(self) -> dict[str, Any]:
         return {name: getattr(self._sweep, name) for name in _RULES}
-
-    def _require_same(self, stored: Mapping[str, Any]) -> None:
-        now = report.plain(self._rules() | {"schema": SCHEMA, "device": self._device, "versions": report.versions()})
-        for name, value in now.items():
-            if stored.get(name) != value:
-                raise OptionError(
-                    f"cannot resume {self._path}: it was started with {name}={stored.get(name)}, this call has {value}; "
-                    "repeat the first call, or choose another out"
-                )
 
 
 def _ratio(value: float, base: float) -> float | None:
