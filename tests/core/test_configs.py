@@ -39,6 +39,13 @@ def test_tuned_comes_before_the_architecture_and_that_before_the_default(
     assert again.keys() == tuple(KEYS)
 
 
+def test_a_gpu_is_asked_once_what_it_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
+    assert [devices.capability(gpu) for gpu in (GPU, SECOND, GPU, SECOND)] == [(9, 0)] * 4
+    assert asked == [GPU, SECOND]
+
+
 def test_results_are_added_to_earlier_ones_and_used_at_once(table: ConfigTable, tmp_path: Path) -> None:
     assert table.pick(*KEYS[0], SECOND) == HOPPER
     path = table.store({KEYS[0]: TUNED}, GPU)

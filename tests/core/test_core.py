@@ -70,6 +70,8 @@ def test_settings_read_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("ATTNKIT_CACHE_DIR", str(tmp_path))
     assert settings().disable == {"attention.sdpa", "merge_partials.torch"}
     assert settings().cache_path() == tmp_path
+    monkeypatch.setenv("ATTNKIT_CACHE_DIR", "~/kept")
+    assert settings().cache_path() == Path.home() / "kept"
     monkeypatch.delenv("ATTNKIT_CACHE_DIR")
     assert settings().cache_path().name == "attnkit"
 

@@ -127,6 +127,18 @@ def test_joint_projections_are_the_single_ones() -> None:
         assert torch.equal(project(x, first, second)[1], second(x))
 
 
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+
+
+@pytest.mark.parametrize("register", HOOKS)
+def test_hooks_of_a_projection_are_kept(register: str) -> None:
+    layer = SoftmaxAttention(WIDTH, 3, rope=False)
+    called: list[str] = []
+    getattr(layer.k_proj, register)(lambda *_: called.append("hook"))
+    layer(torch.randn(1, 4, WIDTH, requires_grad=True)).sum().backward()
+    assert called == ["hook"]
+
+
 def test_hooks_and_adapters_of_a_projection_are_kept() -> None:
     layer = SoftmaxAttention(WIDTH, 3, rope=False)
     called: list[str] = []
@@ -140,3 +152,13 @@ def test_hooks_and_adapters_of_a_projection_are_kept() -> None:
     layer.q_proj = Adapter(WIDTH, WIDTH, bias=False)
     layer(torch.randn(1, 4, WIDTH, requires_grad=True))
     assert called == ["adapter", "hook"]
+
+
+def test_adapters_of_a_projection_are_kept() -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    plain, adapted = nn.Linear(WIDTH, 8, bias=False), Twice(WIDTH, 8, bias=False)
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    torch.testing.assert_close(project(x, plain, adapted)[1], 2 * x @ adapted.weight.T)

@@ -7,9 +7,6 @@ from pathlib import Path
 __all__ = ["Settings", "settings"]
 
 
-_NOTHING: frozenset[str] = frozenset()
-
-
 @dataclass(frozen=True)
 class Settings:
     """A snapshot of the environment.
@@ -34,5 +31,5 @@ class Settings:
 def settings() -> Settings:
     """Read the environment now; every choice of a backend does, so it must be cheap."""
     names = os.environ.get("ATTNKIT_DISABLE")
-    disable = frozenset(name.strip() for name in names.split(",") if name.strip()) if names else _NOTHING
+    disable = frozenset(name.strip() for name in names.split(",") if name.strip()) if names else frozenset()
     return Settings(disable, os.environ.get("ATTNKIT_CACHE_DIR") or None)

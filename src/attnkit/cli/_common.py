@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,16 +196,26 @@ def emit(result: Mapping[str, Any], as_json: bool, *tables: "RenderableType") ->
         console.print(table)
 
 
-def section_of(result: Mapping[str, Any]) -> "list[RenderableType]":
-    """What a result's page says, without its pictures: tables with their notes, and what came out."""
+def section_of(
+    result: Mapping[str, Any], *, hidden: Collection[str] = (), titles: Collection[str] | None = None
+) -> "tuple[list[RenderableType], list[str]]":
+    """What a result's page says, for a terminal: its tables with their notes, and its sentences.
+
+    Args:
+        result: an envelope.
+        hidden: headers of columns that a terminal is too narrow for.
+        titles: of the tables to show; None shows all.
+    """
     from attnkit.report import SECTIONS, Table, table
 
     section = SECTIONS[result["schema"]].draw(result)
     shown: list[RenderableType] = []
     for block in section.blocks:
-        if isinstance(block, Table):
-            shown += [table(block.headers, block.rows, title=block.title), block.note, ""]
-    return [*shown, *section.lead]
+        if isinstance(block, Table) and (titles is None or block.title in titles):
+            columns = [index for index, header in enumerate(block.headers) if header not in hidden]
+            cells = [[row[index] for index in columns] for row in block.rows]
+            shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
+    return shown, list(section.lead)
 
 
 def warn(message: str) -> None:

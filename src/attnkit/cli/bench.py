@@ -20,6 +20,7 @@ from attnkit.cli._common import (
     resolve_device,
     resolve_dtype,
     resume_option,
+    section_of,
     seed_option,
     verb,
 )
@@ -115,7 +116,7 @@ def _kernels(
         )
     from attnkit.report.race import crossovers
 
-    shown = [*_tables(document, _WIDE), *crossovers(document["rows"]), ""]
+    shown = [*section_of(document, hidden=_WIDE)[0], *crossovers(document["rows"]), ""]
     emit(document, as_json, *shown, f"page: {folder / name}.html   data: {folder / name}.json")
     failed = [entry for entry in document["skipped"] if entry["peer"] == bench.OWN]
     if failed:
@@ -208,7 +209,7 @@ def _training(
             on_event=listener.hear,
             command=shlex.join(["attnkit", *sys.argv[1:]]),
         )
-    shown = [*_tables(document, _TOLD), *lead(document["rows"]), ""]
+    shown = [*section_of(document, hidden=_TOLD)[0], *lead(document["rows"]), ""]
     emit(document, as_json, *shown, f"page: {folder / 'training.html'}   data: {folder / 'training.json'}")
     for entry in document["skipped"]:
         if entry["peer"] == bench.OWN:
@@ -235,19 +236,6 @@ def _config(
     if text:
         sizes["vocab_size"] = max(base.vocab_size, BYTES_VOCABULARY)
     return PRESETS[preset](**sizes)
-
-
-def _tables(document: dict[str, Any], hidden: tuple[str, ...]) -> list[Any]:
-    """The tables of the page, without the columns that are hidden."""
-    from attnkit.report import SECTIONS, Table, table
-
-    shown: list[Any] = []
-    for block in SECTIONS[document["schema"]].draw(document).blocks:
-        if isinstance(block, Table):
-            columns = [index for index, header in enumerate(block.headers) if header not in hidden]
-            cells = [[row[index] for index in columns] for row in block.rows]
-            shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
-    return shown
 
 
 command = click.Group(

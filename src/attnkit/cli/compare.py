@@ -19,6 +19,7 @@ from attnkit.cli._common import (
     resolve_device,
     resolve_dtype,
     resume_option,
+    section_of,
     seed_option,
     verb,
 )
@@ -123,15 +124,7 @@ def compare_and_show(*, as_json: bool, quiet: bool, out: Path, resume: bool, **a
 
 def _tables(document: dict[str, Any]) -> list[Any]:
     """Two tables of the report, without the column that a terminal is too narrow for; what it holds follows in lines."""
-    from attnkit.report import SECTIONS, Table, table
-
-    section = SECTIONS[document["schema"]].draw(document)
-    shown: list[Any] = []
-    for block in section.blocks:
-        if isinstance(block, Table) and block.title in SHOWN_TABLES:
-            columns = [index for index, header in enumerate(block.headers) if header != "policy"]
-            cells = [[row[index] for index in columns] for row in block.rows]
-            shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
+    shown, _ = section_of(document, hidden=("policy",), titles=SHOWN_TABLES)
     longest = max(row["length"] for row in document["rows"])
     policies = [f"  {row['method']:<16} {row['policy']}" for row in document["rows"] if row["length"] == longest]
     return [*shown, f"Policies at {longest:,} tokens:", *policies, ""]

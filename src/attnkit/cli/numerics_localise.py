@@ -82,7 +82,8 @@ def command(
     if out is not None:
         report.write_json(out / "localise.json", document)
         report.write_html(out / "localise.html", [document])
-    emit(document, as_json, *section_of(document))
+    tables, lead = section_of(document)
+    emit(document, as_json, *tables, *lead)
     found = document["found"]
     if found is not None:
         raise CheckFailed(f"{found['layer']}, head {found['head']}: eps leans one way (z = {found['z']:.1f})")

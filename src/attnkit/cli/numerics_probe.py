@@ -90,4 +90,5 @@ def command(
     if out is not None:
         report.write_json(out / "probe.json", document)
         report.write_html(out / "probe.html", [document])
-    emit(document, as_json, *section_of(document))
+    tables, lead = section_of(document)
+    emit(document, as_json, *tables, *lead)

@@ -69,4 +69,5 @@ def command(
         document = plan.run(
             folder, device=place, resume=resume, on_event=listener.hear, command=shlex.join(["attnkit", *sys.argv[1:]])
         )
-    emit(document, as_json, *section_of(document), f"page: {folder / 'reproduce.html'}   data: {folder / 'reproduce.json'}")
+    tables, lead = section_of(document)
+    emit(document, as_json, *tables, *lead, f"page: {folder / 'reproduce.html'}   data: {folder / 'reproduce.json'}")

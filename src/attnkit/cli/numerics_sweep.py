@@ -18,6 +18,7 @@ from attnkit.cli._common import (
     quiet_option,
     resolve_device,
     resume_option,
+    section_of,
     seed_option,
     verb,
 )
@@ -110,7 +111,8 @@ def command(
             folder, device=place, resume=resume, on_event=listener.hear, command=shlex.join(["attnkit", *sys.argv[1:]]),
             kernels=_kernels(kernels or (), place),
         )  # fmt: skip
-    emit(document, as_json, *_shown(document), f"page: {folder / 'sweep.html'}   data: {folder / 'sweep.json'}")
+    tables, lead = section_of(document, hidden=_WIDE)
+    emit(document, as_json, *tables, *lead, f"page: {folder / 'sweep.html'}   data: {folder / 'sweep.json'}")
 
 
 def _kernels(names: tuple[str, ...], device: Any) -> dict[str, Any]:
@@ -132,17 +134,3 @@ def _kernels(names: tuple[str, ...], device: Any) -> dict[str, Any]:
         return peer.make(shape)(**inputs)
 
     return {peer.name: partial(measure, peer) for peer in contestants(RACES["attention"], names, device)} if names else {}
-
-
-def _shown(document: dict[str, Any]) -> list[Any]:
-    """The table of the page without what a terminal is too narrow for, and what came out."""
-    from attnkit.report import SECTIONS, Table, table
-
-    section = SECTIONS[document["schema"]].draw(document)
-    shown: list[Any] = []
-    for block in section.blocks:
-        if isinstance(block, Table):
-            columns = [index for index, header in enumerate(block.headers) if header not in _WIDE]
-            cells = [[row[index] for index in columns] for row in block.rows]
-            shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
-    return [*shown, *section.lead]

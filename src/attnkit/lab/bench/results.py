@@ -2,14 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attnkit import report
-from attnkit._core.errors import OptionError
 from attnkit.lab.bench.heat import Outcome
 from attnkit.lab.bench.race import Shape
+from attnkit.report.resuming import earlier, require_same
 
 __all__ = ["SCHEMA", "Results", "Rules"]
 
@@ -58,8 +57,6 @@ class Results:
     """
 
     def __init__(self, out: Path | None, rules: Rules, command: str, *, resume: bool) -> None:
-        if resume and out is None:
-            raise OptionError("resume=True needs out, the folder of the race to continue")
         self._path = None if out is None else out / f"{rules.op}.json"
         self._rules, self._command = rules, command
         self._began, self._spent = time.perf_counter(), 0.0
@@ -67,18 +64,11 @@ class Results:
         self._skipped: list[dict[str, Any]] = []
         self.finished: list[str] = []
         self.copy_gb_s: float | None = None
-        if self._path is None or not self._path.exists():
-            return
-        stored = report.read_envelope(self._path)
-        if resume:
-            self._require_same(self._path, stored)
+        stored = earlier(self._path, "race", resume=resume)
+        if stored is not None and self._path is not None:
+            require_same(self._path, stored, dataclasses.asdict(rules))
             self._rows, self._skipped, self.finished = stored["rows"], stored["skipped"], stored["finished"]
             self.copy_gb_s, self._spent = stored["copy_gb_s"], stored["wall_s"]
-        elif not stored.get("complete", True):
-            raise OptionError(
-                f"{self._path} is an unfinished race; continue it with resume (--resume), choose another out (--out), or "
-                "delete it"
-            )
 
     def add(self, shape: Shape, outcome: Outcome) -> None:
         """Record one shape."""
@@ -110,12 +100,3 @@ class Results:
         if self._path is not None:
             report.write_json(self._path, document)
         return document
-
-    def _require_same(self, path: Path, stored: Mapping[str, Any]) -> None:
-        for name, now in dataclasses.asdict(self._rules).items():
-            before = stored.get(name)
-            if before != now:
-                raise OptionError(
-                    f"cannot resume {path}: it was started with {name}={before}, this call has {now}; repeat the first call, "
-                    "or choose another out"
-                )

@@ -7,6 +7,7 @@ from typing import Any
 
 from attnkit import report
 from attnkit._core.errors import InputError, OptionError
+from attnkit.report.resuming import require_same
 
 __all__ = ["State"]
 
@@ -64,13 +65,7 @@ class State:
 
     def _require_same(self, stored: Mapping[str, Any]) -> None:
         assert self._path is not None
-        for name in {**stored, **self._config}:
-            before, now = stored.get(name), self._config.get(name)
-            if before != now:
-                raise OptionError(
-                    f"cannot resume {self._path.parent}: it was started with {name}={_short(before)}, this call has "
-                    f"{_short(now)}; repeat the first call, or choose another out"
-                )
+        require_same(self._path.parent, stored, {**dict.fromkeys(stored), **self._config}, show=_short)
 
 
 def _short(value: object) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from attnkit import report
-from attnkit._core.errors import OptionError
+from attnkit.report.resuming import earlier, require_same
 
 __all__ = ["Memory"]
 
@@ -41,23 +41,16 @@ class Memory:
         dtype: str,
         resume: bool,
     ) -> None:
-        if resume and path is None:
-            raise OptionError(f"resume=True needs out, the folder of the {what} to continue")
         self._path, self._schema, self._rules = path, schema, dict(rules)
         self._command, self._device, self._dtype = command, device, dtype
         self._began, self._spent = time.perf_counter(), 0.0
         self.rows: list[dict[str, Any]] = []
         self.finished: list[str] = []
-        if path is None or not path.exists():
-            return
-        stored = report.read_envelope(path)
-        if resume:
-            self._require_same(path, stored)
+        stored = earlier(path, what, resume=resume)
+        if stored is not None and path is not None:
+            now = self._rules | {"schema": schema, "device": device, "versions": report.versions()}
+            require_same(path, stored, report.plain(now))
             self.rows, self.finished, self._spent = stored["rows"], stored["finished"], stored["wall_s"]
-        elif not stored.get("complete", True):
-            raise OptionError(
-                f"{path} is an unfinished {what}; continue it with resume (--resume), choose another out (--out), or delete it"
-            )
 
     def add(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
         """Record one part."""
@@ -80,12 +73,3 @@ class Memory:
         if self._path is not None:
             report.write_json(self._path, document)
         return document
-
-    def _require_same(self, path: Path, stored: Mapping[str, Any]) -> None:
-        now = report.plain(self._rules | {"schema": self._schema, "device": self._device, "versions": report.versions()})
-        for name, value in now.items():
-            if stored.get(name) != value:
-                raise OptionError(
-                    f"cannot resume {path}: it was started with {name}={stored.get(name)}, this call has {value}; "
-                    "repeat the first call, or choose another out"
-                )

@@ -16,6 +16,7 @@ from attnkit._core.errors import OptionError
 from attnkit._core.events import Event
 from attnkit.lab.numerics.divergence import WeightDivergence, save_divergence
 from attnkit.lab.numerics.stored_attention import BASELINE
+from attnkit.report.resuming import require_same
 
 __all__ = ["ARMS", "Arm", "WeightStudy"]
 
@@ -151,13 +152,7 @@ class WeightStudy:
         if path.is_file():
             if not resume:
                 raise OptionError(f"{out} holds a study; go on with resume (--resume), or choose another out (--out)")
-            before = report.read_envelope(path)["rows"][0]
-            for name, value in now.items():
-                if before.get(name) != value:
-                    raise OptionError(
-                        f"cannot resume {out}: it was started with {name}={before.get(name)}, this call has {value}; repeat "
-                        "the first call, or choose another out"
-                    )
+            require_same(out, report.read_envelope(path)["rows"][0], now)
         report.write_json(path, {"schema": "attnkit.weight-study/1", "rows": [now]})
 
     def _train(self, arm: Arm, data: Any, out: Path, device: torch.device, on_event: Callable[[Event], None]) -> None:
