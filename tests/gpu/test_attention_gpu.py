@@ -100,7 +100,7 @@ def test_compile(backend: str) -> None:
 
 def test_operator_is_well_behaved() -> None:
     q, k, v = (t.requires_grad_() for t in _qkv(65, 65, width=32, dtype=torch.float32))
-    arguments = (q, k, v, None, None, None, None, None, 0.2, -1, 0, 0.0, torch.float32)
+    arguments = (q, k, v, None, None, None, None, None, 0.2, -1, 0, 0.0, "off", torch.float32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.attnkit.attention_triton.default, arguments, test_utils=tests)
 

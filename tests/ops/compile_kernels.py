@@ -15,7 +15,7 @@ from attnkit.ops._attention_core._triton import backward, forward
 # what a pointer of this name points to; "input" stands for the type of q
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"),
-    **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_lse"), "fp32"),
+    **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"), "fp32"),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos"), "i32"),
 }
 NEEDS = {"sinks": "BIAS", "rest": "BIAS", "key_bias": "BIAS", "d_bias": "BIAS"}  # pointers that are absent unless a flag is set

@@ -42,6 +42,50 @@ def test_score_gradients_of_a_row_sum_to_nothing(dtype: torch.dtype, stable: str
     assert plain > 50 * mended
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_exact_delta_holds_where_probabilities_are_rounded(dtype: torch.dtype) -> None:
+    """Scores of any size: the unrounded output is of rounded probabilities there, and only sum(p * dp) gives a sum of 0."""
+
+    def leak(stable: str) -> Tensor:
+        torch.manual_seed(2)
+        q, k, v = (torch.randn(1, 300, 2, 64, device=DEVICE, dtype=dtype) for _ in range(3))
+        bias = torch.zeros(1, 300, 2, device=DEVICE, requires_grad=True)
+        rows = [q[:, i : i + 1] for i in range(0, 300, 30)]
+        sums = []
+        for row in rows:
+            out = ops.attention(row, k, v + 2, key_bias=bias, stable=stable, backend="triton")
+            assert isinstance(out, Tensor)
+            (gradient,) = torch.autograd.grad(out, bias, torch.randn(out.shape).to(out))
+            sums.append(gradient.sum(1))
+        return torch.stack(sums).square().mean().sqrt()
+
+    plain, split, exact = (leak(mode) for mode in ("off", "delta", "exact_delta"))
+    assert plain > 50 * exact
+    assert plain > split > exact
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("num", [512, 2048, 8192, 16384])
+@pytest.mark.parametrize("causal", [False, True])
+def test_consistent_sums_are_closer_on_values_with_a_mean(num: int, dtype: torch.dtype, causal: bool) -> None:
+    """At least three times, root mean square, before the output is rounded, against our own kernel with exact sums."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, num, 2, 128, device=DEVICE, dtype=dtype) for _ in range(2))
+    v = (2 + 0.4 * torch.randn(1, num, 2, 128, device=DEVICE)).to(dtype)
+    true = ops.attention(q.double(), k.double(), v.double(), causal=causal, backend="torch")
+
+    def error(stable: str) -> Tensor:
+        out = ops.attention(q, k, v, causal=causal, stable=stable, out_dtype=torch.float32, backend="triton")
+        assert isinstance(out, Tensor)
+        assert isinstance(true, Tensor)
+        return (out.double() - true).square().mean().sqrt()
+
+    exact = error("off")
+    assert all(exact > 3 * error(mode) for mode in ("delta", "exact_delta", "dynamic_max"))
+
+
 @pytest.mark.parametrize("stable", ["delta", "exact_delta", "dynamic_max"])
 @pytest.mark.parametrize("ties", [2, 3, 8])
 def test_results_are_those_of_attention(stable: str, ties: int) -> None:

@@ -88,7 +88,7 @@ def check(
         oracle = _evaluate(spec, spec.oracle, high, case)
         naive = _evaluate(spec, spec.naive, low, case)
         scale = spec.row_scale(**high).cpu() if spec.row_scale else oracle[first]
-        for name, function in _operators(spec, low, backends, operator):
+        for name, function in _operators(spec, low | _leaves(low, case), backends, operator):
             subject = Subject(spec, case, dtype, name)
             results = _evaluate(spec, function, low, case)
             judged = [judge(subject, key, results[key], oracle[key], naive[key]) for key in oracle]
@@ -195,7 +195,7 @@ def _operators(
 def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case) -> Results:
     """Outputs, and gradients of a fixed random weighting of all outputs."""
     generator = torch.Generator().manual_seed(1)
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in case.grads}
+    leaves = _leaves(inputs, case)
     outputs = function(**inputs | leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {name: output.detach().double().cpu() for name, output in zip(spec.outputs, outputs, strict=False)}
@@ -207,6 +207,10 @@ def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case) -
         grads = torch.autograd.grad(loss, list(leaves.values()))
         results |= {f"d_{name}": grad.double().cpu() for name, grad in zip(leaves, grads, strict=True)}
     return results
+
+
+def _leaves(inputs: dict[str, Any], case: Case) -> dict[str, Tensor]:
+    return {name: inputs[name].detach().clone().requires_grad_() for name in case.grads}
 
 
 def _is_float(value: Any) -> bool:

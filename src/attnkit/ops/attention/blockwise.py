@@ -1,7 +1,8 @@
 """Attention in plain torch, tile by tile: the CPU path that trains, and what serves devices without a kernel.
 
 Forward and backward walk the tiles of a `Plan`; memory beyond the inputs is one tile of scores. Each run of keys gives a
-partial result (out, lse); partial results merge by their LSE, and a sink is a partial result whose output is zero. Scores,
+partial result: out, the maximum of its scores and the sum of their exponentials over it, which say more than an LSE (one of
+10 in float32 knows the weight of its run to 5e-7 only). A sink is a partial result whose output is zero. Scores,
 softmax and sums are kept in the accumulation dtype and rounded once, at the end: probabilities are never rounded, so that of
 the stable modes only what is done about the rounded output remains.
 """
@@ -14,6 +15,7 @@ from attnkit.ops.attention.problem import Problem, Runs
 
 __all__ = ["BLOCK_Q", "backward", "forward"]
 
+Partial = tuple[Tensor, Tensor, Tensor]
 BLOCK_Q, BLOCK_K = 256, 512
 
 
@@ -40,14 +42,15 @@ def _forward(p: Problem, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     run = fused_cpu.forward_run if fused else _forward_run
     for rows, runs in p.tiles(None if fused else BLOCK_K):
         q = p.queries(rows)
-        partial: tuple[Tensor, Tensor] | None = None
+        partial: Partial | None = None
         if p.sinks is not None:
-            partial = q.new_zeros(()), lse_view[..., rows, :]
+            partial = q.new_zeros(()), lse_view[..., rows, :], q.new_ones(())
         for keys, masked in runs:
             new = run(p, q, rows, keys, masked)
-            partial = new if partial is None else _merge(*partial, *new)
+            partial = new if partial is None else _merge(partial, new)
         if runs and partial is not None:
-            out_view[..., rows, :], lse_view[..., rows, :] = partial[0].to(out_dtype), partial[1]
+            wide, top, total = partial
+            out_view[..., rows, :], lse_view[..., rows, :] = wide.to(out_dtype), top + torch.log(total)
     return out, lse
 
 
@@ -104,25 +107,24 @@ def backward(
     return d_q, d_k, d_v, d_sinks, d_key_bias
 
 
-def _forward_run(p: Problem, q: Tensor, rows: slice, keys: slice, masked: bool) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries [B, Hkv, G, rows, D] over a run of keys: out [..., Dv] and lse [..., 1]."""
+def _forward_run(p: Problem, q: Tensor, rows: slice, keys: slice, masked: bool) -> Partial:
+    """Attention of scaled queries [B, Hkv, G, rows, D] over a run of keys: out [..., Dv], maximum and sum [..., 1]."""
     s, _ = p.scores(q, rows, keys, masked)
     top = s.amax(-1, keepdim=True)
-    top = top.masked_fill_(torch.isneginf(top), 0)  # -inf - (-inf) would be NaN
-    prob = s.sub_(top).exp_()
+    prob = s.sub_(top.masked_fill(torch.isneginf(top), 0)).exp_()  # -inf - (-inf) would be NaN
     total = prob.sum(-1, keepdim=True)
     out = (prob.flatten(2, 3) @ p.values[:, :, keys]).unflatten(2, q.shape[2:4])
-    return out.div_(total.masked_fill(total == 0, 1)), top + torch.log(total)
+    return out.div_(total.masked_fill(total == 0, 1)), top, total
 
 
-def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(a: Partial, b: Partial) -> Partial:
     """Two partial results of the same rows -> one over the union of their keys."""
-    top = torch.maximum(lse_a, lse_b)
-    top = top.masked_fill(torch.isneginf(top), 0)
-    mass_a, mass_b = torch.exp(lse_a - top), torch.exp(lse_b - top)
+    top = torch.maximum(a[1], b[1])
+    finite = top.masked_fill(torch.isneginf(top), 0)
+    mass_a, mass_b = (total * torch.exp(own - finite) for _, own, total in (a, b))
     total = mass_a + mass_b
     share = total.masked_fill(total == 0, 1)
-    return out_a * (mass_a / share) + out_b * (mass_b / share), top + torch.log(total)
+    return a[0] * (mass_a / share) + b[0] * (mass_b / share), top, total
 
 
 def _row_lse(p: Problem, q: Tensor, rows: slice, runs: Runs) -> Tensor:

@@ -23,8 +23,8 @@ def available(p: Problem) -> bool:
     return _FORWARD is not None and _BACKWARD is not None and p.q.device.type == "cpu" and not p.softcap
 
 
-def forward_run(p: Problem, q: Tensor, rows: slice, keys: slice, masked: bool) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries [B, Hkv, G, rows, D] over a run of keys: out [..., Dv] and lse [..., 1]."""
+def forward_run(p: Problem, q: Tensor, rows: slice, keys: slice, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of scaled queries [B, Hkv, G, rows, D] over a run of keys: out [..., Dv], lse [..., 1] and, its sum, 1."""
     assert _FORWARD is not None
     width = max(p.k.shape[3], p.v.shape[3])
     mask = _mask(p, q, rows, keys, masked)
@@ -35,7 +35,7 @@ def forward_run(p: Problem, q: Tensor, rows: slice, keys: slice, masked: bool) -
     if mask is not None:  # it reports 0 for rows that see nothing
         lse = lse.masked_fill(torch.isneginf(mask).all(-1).expand(lse.shape), -torch.inf)
     heads = (p.kv_heads, p.group)
-    return out[..., : p.v.shape[3]].unflatten(1, heads), lse[..., None].unflatten(1, heads)
+    return out[..., : p.v.shape[3]].unflatten(1, heads), lse[..., None].unflatten(1, heads), lse.new_ones(())
 
 
 def lse_column(p: Problem, d_out: Tensor, out: Tensor, d_lse: Tensor) -> tuple[Tensor, Tensor]:

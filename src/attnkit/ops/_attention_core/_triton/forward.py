@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
-from attnkit.ops._attention_core._triton.steps import COLUMNS, load_bias, load_tile, scores, seen, softmax_step
+from attnkit.ops._attention_core._triton.steps import load_bias, load_tile, scores, seen, softmax_step
 from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place
 
 __all__ = ["combine", "fwd"]
@@ -52,8 +52,9 @@ def fwd(
 ):  # fmt: skip
     """One tile of query rows of one head (or of the GROUP heads that share a key head), over one part of its keys.
 
-    Writes out [parts, B, T, H, Dv] and the natural-log lse [parts, B, T, H]; each part is normalised over its own keys. `rest`
-    (or None) gets what rounding took from out.
+    Writes out [B, T, H, Dv] and the natural-log lse [B, T, H]; `rest` (or None) gets what rounding took from out. With SPLIT
+    out has a dimension for the parts in front, each normalised over its own keys, and lse, [2, parts, B, T, H], gets their
+    maxima in base-2 logarithms and their sums: an LSE of 10 in float32 knows the weight of its part to 5e-7 only.
     Grid: (tiles * heads / GROUP * B, parts); tiles with more keys come first, since later positions see more.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
@@ -91,7 +92,7 @@ def fwd(
         sink = tl.load(sinks + head + o_h, mask=o_t < TOKENS, other=0.0).to(tl.float32) * LOG2E
         m = tl.where(part == 0, sink, m)
         total = tl.where(part == 0, 1.0, total)
-    rounded = tl.zeros([BLOCK_M, 1 if NORM == "softmax" else COLUMNS], tl.float32) + total[:, None]
+    rounded = total
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     if WINDOW:
@@ -113,14 +114,15 @@ def fwd(
 
     nothing = total == 0  # NaN is something
     total = tl.where(nothing, 1.0, total)
-    if NORM == "softmax":
-        acc = acc / total[:, None]
-    else:  # the columns are equal
-        acc = acc / tl.where(nothing, 1.0, tl.sum(rounded, 1) / COLUMNS)[:, None]
+    acc = acc / (total if NORM == "softmax" else tl.where(nothing, 1.0, rounded))[:, None]
     row = (part * batch + i_b) * num_q + first
     p_row = row * heads + head + o_t * heads + o_h
-    m = tl.where(nothing, float("-inf"), m + tl.log2(total)) * LN2
-    tl.store(lse + p_row, m, mask=m_row)
+    if SPLIT:
+        tl.store(lse + p_row, tl.where(nothing, float("-inf"), m), mask=m_row)
+        sums = lse + tl.num_programs(1).to(tl.int64) * batch * num_q * heads
+        tl.store(sums + p_row, tl.where(nothing, 0.0, total), mask=m_row)
+    else:
+        tl.store(lse + p_row, tl.where(nothing, float("-inf"), m + tl.log2(total)) * LN2, mask=m_row)
     p_out = p_row[:, None] * width_v + o_dv[None, :]
     m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
     b_out = acc.to(out.dtype.element_ty)
@@ -131,9 +133,9 @@ def fwd(
 
 @triton.jit
 def combine(
-    part_out, part_lse, out, rest, lse, rows, parts, width_v, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr
+    part_out, part_max, part_sum, out, rest, lse, rows, parts, width_v, BLOCK_P: tl.constexpr, BLOCK_DV: tl.constexpr
 ):  # fmt: skip
-    """Merge the parts of one row by their LSE, in a fixed order: [parts, rows, Dv] and [parts, rows] -> one of each.
+    """Merge the parts of one row in a fixed order: outputs [parts, rows, Dv], maxima and sums [parts, rows] -> out and lse.
 
     `rest` (or None) gets what rounding took from out.
     """
@@ -141,17 +143,19 @@ def combine(
     o_p, o_dv = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_DV)
     top = float("-inf")
     for first in range(0, parts, BLOCK_P):
-        b_lse = tl.load(part_lse + (first + o_p) * rows + row, mask=first + o_p < parts, other=float("-inf"))
-        top = tl.maximum(top, tl.max(b_lse, 0))
+        b_max = tl.load(part_max + (first + o_p) * rows + row, mask=first + o_p < parts, other=float("-inf"))
+        top = tl.maximum(top, tl.max(b_max, 0))
     safe = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
     acc = tl.zeros([BLOCK_DV], tl.float32)
     for first in range(0, parts, BLOCK_P):
         m_part = first + o_p < parts
-        b_lse = tl.load(part_lse + (first + o_p) * rows + row, mask=m_part, other=float("-inf"))
-        weight = tl.exp2((b_lse - safe) * LOG2E)
-        p_out = part_out + ((first + o_p) * rows + row)[:, None] * width_v + o_dv[None, :]
-        b_out = tl.load(p_out, mask=m_part[:, None] & (o_dv < width_v)[None, :], other=0.0)
+        p_part = (first + o_p) * rows + row
+        b_max = tl.load(part_max + p_part, mask=m_part, other=float("-inf"))
+        weight = tl.load(part_sum + p_part, mask=m_part, other=0.0) * tl.exp2(b_max - safe)
+        b_out = tl.load(
+            part_out + p_part[:, None] * width_v + o_dv[None, :], mask=m_part[:, None] & (o_dv < width_v)[None, :], other=0.0
+        )
         total += tl.sum(weight, 0)
         acc += tl.sum(weight[:, None] * b_out, 0)
     nothing = total == 0
@@ -161,4 +165,4 @@ def combine(
     tl.store(out + row * width_v + o_dv, b_out, mask=o_dv < width_v)
     if rest is not None:
         tl.store(rest + row * width_v + o_dv, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=o_dv < width_v)
-    tl.store(lse + row, tl.where(nothing, float("-inf"), top + tl.log2(total) * LN2))
+    tl.store(lse + row, tl.where(nothing, float("-inf"), (top + tl.log2(total)) * LN2))

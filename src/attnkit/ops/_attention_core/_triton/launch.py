@@ -121,10 +121,10 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor |
     parts = _parts(programs, p.keys_a_tile(block_m // group), config.block_n, p.q.device)
     shape = (parts, p.batch, p.num_q, p.heads)
     out = p.q.new_empty(*shape, p.width_v, dtype=out_dtype if parts == 1 else torch.float32)
-    lse = p.q.new_empty(shape, dtype=torch.float32)
+    lse = p.q.new_empty((2, *shape) if parts > 1 else shape, dtype=torch.float32)
     rest = out.new_empty(out.shape[1:], dtype=out_dtype) if p.stable == "delta" and out_dtype.itemsize == 2 else None
     if lse.numel() == 0:
-        return out[0], lse[0], rest
+        return out[0], lse.new_empty(shape[1:]), rest
     arguments = (
         p.q, p.k, p.v, p.sinks, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
@@ -133,10 +133,10 @@ def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor |
     p.launch(kf.fwd, (programs, parts), arguments, config, BLOCK_M=block_m, **flags)
     if parts == 1:
         return out[0], lse[0], rest
-    whole, whole_lse = out.new_empty(out.shape[1:], dtype=out_dtype), torch.empty_like(lse[0])
+    whole, whole_lse = out.new_empty(out.shape[1:], dtype=out_dtype), torch.empty_like(lse[0, 0])
     rows = whole_lse.numel()
     sizes = {"BLOCK_P": 16, "BLOCK_DV": p.block_dv}
-    launch(kf.combine, (rows,), (out, lse, whole, rest, whole_lse, rows, parts, p.width_v), sizes)
+    launch(kf.combine, (rows,), (out, *lse, whole, rest, whole_lse, rows, parts, p.width_v), sizes)
     return whole, whole_lse, rest
 
 
