@@ -1,0 +1,1 @@
+"""Alpha-entmax, sparse probabilities from scores."""
