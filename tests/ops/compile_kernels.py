@@ -1,4 +1,4 @@
-"""Compiles every attention kernel for GPUs of compute capability 8.0 and 9.0, without one; prints what it compiled.
+"""Compiles every kernel for GPUs of compute capability 8.0 and 9.0, without one; prints what it compiled.
 
 The interpreter runs kernels as Python and never asks whether types fit, where a compiler does. Run by test_kernels.py in a
 process of its own, because the interpreter's switch is read when Triton is imported.
@@ -11,14 +11,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnkit.ops._attention_core._triton import backward, forward
+from attnkit.ops.entmax._triton import rows
 
 # what a pointer of this name points to; "input" stands for the type of q
 POINTERS = {
-    **dict.fromkeys(("q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"),
-    **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"), "fp32"),
+    **dict.fromkeys(
+        ("x", "prob", "d_prob", "d_x", "q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"
+    ),
+    **dict.fromkeys(
+        ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"), "fp32"
+    ),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos"), "i32"),
 }
-NEEDS = {"sinks": "BIAS", "rest": "BIAS", "key_bias": "BIAS", "d_bias": "BIAS"}  # pointers that are absent unless a flag is set
+NEEDS = {
+    "d_alphas": "ALPHAS",
+    "sinks": "BIAS",
+    "rest": "BIAS",
+    "key_bias": "BIAS",
+    "d_bias": "BIAS",
+}  # pointers that are absent unless a flag is set
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
@@ -34,6 +45,15 @@ VARIANTS = (
     ("fp16", EVERYTHING | {"ROWS": "packed"}),
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
 )
+ROWS = tuple(
+    (dtype, {"KIND": kind, "ALPHAS": kind == "general", "SHORT": short, "BLOCK_R": 2 if short else 1, "BLOCK_N": 256})
+    for dtype, kind, short in (
+        ("bf16", "1.5", True),
+        ("fp16", "2", False),
+        ("fp32", "general", True),
+        ("bf16", "general", False),
+    )
+)
 WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 
@@ -41,13 +61,14 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     signature, constants = {}, {}
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags[NEEDS[name]]
-        absent |= (name in ("cu_q", "cu_k") and flags["ROWS"] != "packed") or (name == "q_pos" and flags["ROWS"] != "positions")
+        absent |= name in ("cu_q", "cu_k") and flags["ROWS"] != "packed"
+        absent |= name == "q_pos" and flags["ROWS"] != "positions"
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
         elif name in POINTERS:
             signature[name] = "*" + POINTERS[name].replace("input", dtype)
         else:
-            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap", "shared_gap") else "i32"
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
@@ -61,4 +82,8 @@ if __name__ == "__main__":
         for kernel in (forward.combine, backward.bwd_prep):
             _compile(kernel, "bf16", PLAIN, capability)
             count += 1
+        for kernel in (rows.entmax_fwd, rows.entmax_bwd):
+            for dtype, flags in ROWS:
+                _compile(kernel, dtype, flags, capability)
+                count += 1
     print(f"{count} variants compiled")

@@ -8,12 +8,25 @@ from attnkit._core.errors import OptionError
 from attnkit._core.opspec import OPS
 from attnkit.ops.attention import spec as _attention
 from attnkit.ops.attention.api import attention, query_sparse_attention
+from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
+from attnkit.ops.entmax.spec import SPEC as _ENTMAX
 from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
 
-__all__ = ["OPS", "attention", "explain", "merge_partials", "query_sparse_attention"]
+__all__ = [
+    "OPS",
+    "attention",
+    "entmax",
+    "entmax15",
+    "entmax_loss",
+    "entmax_threshold",
+    "explain",
+    "merge_partials",
+    "query_sparse_attention",
+    "sparsemax",
+]
 
-for _spec in (*_attention.SPECS, _MERGE):
+for _spec in (*_attention.SPECS, _MERGE, _ENTMAX):
     OPS.register(_spec.name, _spec)
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from attnkit._core.triton import interpreted
 
-__all__ = ["LN2", "LOG2E", "rounded_to", "tanh"]
+__all__ = ["LN2", "LOG2E", "expm1", "log2_1p", "rounded_to", "tanh"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -36,6 +36,23 @@ def tanh(x):
     y = x * x
     series = 1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835 + y * (-1382 / 155925)))))
     return tl.where(a < 0.25, x * series, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def log2_1p(x):
+    """The base-2 logarithm of 1 + x, float32, to within a few units in the last place also where x is tiny."""
+    y = 1.0 + x
+    # what the sum lost of x is given back in proportion
+    return tl.where(y == 1.0, LOG2E * x, tl.log2(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, float32, likewise."""
+    y = tl.exp2(LOG2E * x)
+    near = (y == 1.0) | (y < 1e-30) | (x > 60.0)
+    plain = tl.where(y == 1.0, x, y - 1.0)
+    return tl.where(near, plain, (y - 1.0) * (x / tl.where(near, 1.0, LN2 * tl.log2(tl.where(near, 2.0, y)))))
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Kernels of entmax; loading this loads Triton."""
