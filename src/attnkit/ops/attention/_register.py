@@ -1,6 +1,10 @@
-"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, implementations."""
+"""The private torch operators behind `attention` and `query_sparse_attention`: schema, fake, autograd, implementations.
+
+`register` serves every operator on the core: what differs between them is an `Interface`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,47 +14,49 @@ from torch.autograd.function import once_differentiable
 from attnkit._core.checks import accumulator_dtype
 from attnkit._core.devices import current
 from attnkit._core.library import define, define_gradient
-from attnkit.ops._attention_core.plan import Plan
 from attnkit.ops.attention import blockwise, flash4
 from attnkit.ops.attention.problem import Problem
 
-__all__ = ["run_blockwise", "run_fa4", "run_triton"]
+__all__ = ["Interface", "register", "run_blockwise", "run_fa4", "run_triton"]
 
 Results = tuple[Tensor, ...]
 Forward = tuple[Tensor, Tensor, Tensor | None]  # out, lse, and what rounding took from out
 
 
-def _blockwise_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    key_bias: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    q_pos: Tensor | None,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    stable: str,
-) -> Problem:
-    block = blockwise.BLOCK_Q
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        plan = Plan.varlen(cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], left, right, block_q=block)
-    elif q_pos is not None:
-        plan = Plan.rows(q_pos, k.shape[1], left, right, block_q=block)
-    else:
-        plan = Plan.window(q.shape[1], k.shape[1], left, right, block_q=block, device=q.device)
-    return Problem(q, k, v, sinks, key_bias, plan, scale, softcap, stable)
+@dataclass(frozen=True)
+class Interface:
+    """What an operator on the core takes and returns beyond what all of them do.
+
+    All take (q, k, v, PER_HEAD, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos, OPTIONS, LAST) and return out, a number for
+    each row, and a further tensor for the backward pass or None; all have gradients of the first five.
+
+    Attributes:
+        per_head: the name of the tensor [H] (None: not given).
+        options: declarations of plain options, which the backward pass is given too.
+        last: declaration of one that only the forward pass takes.
+        fake: the forward pass on shapes.
+    """
+
+    per_head: str
+    options: str
+    last: str
+    fake: Callable[..., Results]
+
+    @property
+    def inputs(self) -> str:
+        """The declarations of all inputs of the backward pass."""
+        return (
+            f"Tensor q, Tensor k, Tensor v, Tensor? {self.per_head}, Tensor? key_bias, Tensor? cu_seqlens_q, "
+            f"Tensor? cu_seqlens_k, Tensor? q_pos, {self.options}"
+        )
 
 
 def _blockwise_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Forward:
-    return blockwise.forward(_blockwise_problem(*inputs), out_dtype)
+    return blockwise.forward(Problem.of(*inputs, block_q=blockwise.BLOCK_Q), out_dtype)
 
 
 def _blockwise_backward(inputs: tuple[Any, ...], *results: Any) -> Results:
-    return blockwise.backward(_blockwise_problem(*inputs), *results)
+    return blockwise.backward(Problem.of(*inputs, block_q=blockwise.BLOCK_Q), *results)
 
 
 def _triton_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Forward:
@@ -76,7 +82,7 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Te
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
     ctx.save_for_backward(*inputs[:8], *output)
-    ctx.options = inputs[8:13]
+    ctx.options = inputs[8:-1]  # the last is for the forward pass alone
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,9 +102,8 @@ def _backward_fake(
     return (*(t.new_empty(t.shape) for t in (q, k, v)), d_sinks, d_key_bias)
 
 
-_INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? key_bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? q_pos, float scale, int left, int right, float softcap, str stable"
+SOFTMAX = Interface(
+    "sinks", "float scale, int left, int right, float softcap, str stable", "ScalarType out_dtype", _forward_fake
 )
 _RESULTS = "Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor rest, bool need_bias"
 _GRADS = ", ".join(["Tensor"] * 5)
@@ -147,7 +152,9 @@ def _traced(run: Callable[..., Forward], run_backward: Callable[..., Results]) -
     return forward, backward
 
 
-def _register(name: str, forward: Callable[..., Forward], backward: Callable[..., Results]) -> Callable[..., Any]:
+def register(
+    name: str, forward: Callable[..., Forward], backward: Callable[..., Results], interface: Interface = SOFTMAX
+) -> Callable[..., Any]:
     """Define `attnkit::NAME` and its backward operator from implementations on batched inputs, and return what to call.
 
     A call on plain tensors goes to the implementation through an autograd function of its own: the two operators and what
@@ -155,8 +162,8 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
     """
 
     def run(q: Tensor, *args: Any) -> Forward:
-        *inputs, out_dtype = args
-        out, lse, rest = forward(_batched(q, *inputs), out_dtype)
+        *inputs, last = args
+        out, lse, rest = forward(_batched(q, *inputs), last)
         if q.dim() == 4:
             return out, lse, rest
         return out[0], lse[0], None if rest is None else rest[0]
@@ -185,11 +192,13 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
         grads = through(d_out, d_lse, out, lse, rest, need_bias, *tensors, *ctx.options)
         d_sinks = None if tensors[3] is None else grads[3]
         d_key_bias = grads[4] if need_bias else None
-        return (*grads[:3], d_sinks, d_key_bias, *[None] * 9)
+        return (*grads[:3], d_sinks, d_key_bias, *[None] * (len(ctx.options) + 4))
 
     forward_traced, backward_traced = _traced(run, run_backward)
-    operator = define(f"{name}({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor, Tensor)", forward_traced, _forward_fake)
-    backward_op = define(f"{name}_backward({_RESULTS}, {_INPUTS}) -> ({_GRADS})", backward_traced, _backward_fake)
+    schema = f"{name}({interface.inputs}, {interface.last}) -> (Tensor, Tensor, Tensor)"
+    operator = define(schema, forward_traced, interface.fake)
+    schema = f"{name}_backward({_RESULTS}, {interface.inputs}) -> ({_GRADS})"
+    backward_op = define(schema, backward_traced, _backward_fake)
     direct = _direct(run, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse))
     define_gradient(name, _save, lambda ctx, d_out, d_lse, _: gradient(ctx, backward_op, d_out, d_lse))
 
@@ -201,6 +210,6 @@ def _register(name: str, forward: Callable[..., Forward], backward: Callable[...
     return call
 
 
-run_blockwise = _register("attention", _blockwise_forward, _blockwise_backward)
-run_triton = _register("attention_triton", _triton_forward, _triton_backward)
-run_fa4 = _register("attention_fa4", flash4.forward, flash4.backward)
+run_blockwise = register("attention", _blockwise_forward, _blockwise_backward)
+run_triton = register("attention_triton", _triton_forward, _triton_backward)
+run_fa4 = register("attention_fa4", flash4.forward, flash4.backward)

@@ -1,4 +1,4 @@
-"""The prepared call that every attention backend judges and runs."""
+"""The prepared call that every attention backend judges and runs, and the checks that operators on the core share."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from attnkit._core.checks import FLOATS, accumulator_dtype, check_choice, check_dtype, check_same, dims
 from attnkit._core.errors import OptionError, ShapeError, UnsupportedError
 
-__all__ = ["AttentionCall", "prepare"]
+__all__ = ["AttentionCall", "CoreCall", "check_core", "check_per_head", "prepare"]
 
 MIN_WIDTH, MAX_WIDTH = 16, 256
 STABLE = ("off", "delta", "exact_delta", "dynamic_max")
 
 
 @dataclass
-class AttentionCall:
-    """Checked arguments of an attention operator, with the options resolved.
+class CoreCall:
+    """Checked arguments that every operator on the core has, with the options resolved.
 
     `left` and `right` bound the window around a row's position (-1 unbounded); causal calls have `right == 0`.
     """
@@ -28,11 +28,17 @@ class AttentionCall:
     left: int
     right: int
     softcap: float
-    sinks: Tensor | None
     key_bias: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     q_pos: Tensor | None
+
+
+@dataclass
+class AttentionCall(CoreCall):
+    """Checked arguments of softmax attention."""
+
+    sinks: Tensor | None
     return_lse: bool
     out_dtype: torch.dtype
     deterministic: bool | None
@@ -68,6 +74,43 @@ def prepare(
     stable: str = "off",
 ) -> AttentionCall:
     """Check the arguments of `attention` and `query_sparse_attention` (their docstrings say what is raised)."""
+    num_k, scale, left, right, softcap = check_core(
+        q, k, v, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale, window_size, softcap
+    )
+    if sinks is not None:
+        check_per_head("sinks", sinks, q)
+    if stable not in STABLE:
+        check_choice("stable", stable, STABLE)
+    if q_pos is not None:
+        _check_positions(q_pos, q, num_k)
+    out_dtype = out_dtype or q.dtype
+    if out_dtype not in (q.dtype, accumulator_dtype(q.dtype)):
+        raise OptionError(f"out_dtype={out_dtype} is not allowed; choose {q.dtype} or {accumulator_dtype(q.dtype)}")
+    return AttentionCall(
+        q, k, v, scale, left, right, softcap, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos, sinks,
+        return_lse, out_dtype, deterministic, stable,
+    )  # fmt: skip
+
+
+def check_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    scale: float | None,
+    window_size: tuple[int | None, int | None] | None,
+    softcap: float | None,
+) -> tuple[int, float, int, int, float]:
+    """Check what every operator on the core is given, and resolve its options.
+
+    Returns:
+        The number of keys, the scale, the window's left and right side (-1: unbounded) and the softcap (0: none).
+    """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     rows, keys = ("R", "S") if packed else ("B T", "B S")
     sizes = dims(q=(q, f"{rows} H D"), k=(k, f"{keys} Hkv D"), v=(v, f"{keys} Hkv Dv"))
@@ -84,27 +127,19 @@ def prepare(
         _check_packed(sizes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise OptionError("max_seqlen_q and max_seqlen_k describe packed sequences; give cu_seqlens_q and cu_seqlens_k too")
-    if sinks is not None:
-        dims(sinks=(sinks, str(sizes["H"])))
-        _check_side("sinks", sinks, q)
     if key_bias is not None:
         _check_key_bias(key_bias, q, k, keys)
     if softcap is not None and softcap <= 0:
         raise OptionError(f"softcap={softcap} must be positive; leave it out to switch it off")
-    if stable not in STABLE:
-        check_choice("stable", stable, STABLE)
     left, right = _window(window_size, causal)
-    if q_pos is not None:
-        _check_positions(q_pos, q, sizes["S"])
-    out_dtype = out_dtype or q.dtype
-    if out_dtype not in (q.dtype, accumulator_dtype(q.dtype)):
-        raise OptionError(f"out_dtype={out_dtype} is not allowed; choose {q.dtype} or {accumulator_dtype(q.dtype)}")
     scale = sizes["D"] ** -0.5 if scale is None else float(scale)
-    softcap = 0.0 if softcap is None else float(softcap)
-    return AttentionCall(
-        q, k, v, scale, left, right, softcap, sinks, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos,
-        return_lse, out_dtype, deterministic, stable,
-    )  # fmt: skip
+    return sizes["S"], scale, left, right, 0.0 if softcap is None else float(softcap)
+
+
+def check_per_head(name: str, tensor: Tensor, q: Tensor) -> None:
+    """Refuse what is not one number for each query head, in q's dtype or that of its sums, beside q."""
+    dims(**{name: (tensor, str(q.shape[-2]))})
+    _check_side(name, tensor, q)
 
 
 def _window(window_size: tuple[int | None, int | None] | None, causal: bool) -> tuple[int, int]:

@@ -40,6 +40,34 @@ class Problem:
             hidden = torch.isneginf(self.bias).transpose(-1, -2)  # masked keys may hold anything, NaN included
             self.keys, self.values = self.keys.masked_fill(hidden, 0), self.values.masked_fill(hidden, 0)
 
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        key_bias: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        q_pos: Tensor | None,
+        scale: float,
+        left: int,
+        right: int,
+        softcap: float,
+        stable: str = "off",
+        *,
+        block_q: int,
+    ) -> "Problem":
+        """A problem from the arguments of a registered operator, with the plan that they ask for."""
+        if cu_seqlens_q is not None and cu_seqlens_k is not None:
+            plan = Plan.varlen(cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], left, right, block_q=block_q)
+        elif q_pos is not None:
+            plan = Plan.rows(q_pos, k.shape[1], left, right, block_q=block_q)
+        else:
+            plan = Plan.window(q.shape[1], k.shape[1], left, right, block_q=block_q, device=q.device)
+        return cls(q, k, v, sinks, key_bias, plan, scale, softcap, stable)
+
     def grouped(self, t: Tensor) -> Tensor:
         """[B, T, H, *] -> view [B, Hkv, G, T, *]: the query heads that share a key head side by side."""
         return torch.movedim(t.unflatten(2, (self.kv_heads, self.group)), 1, 3)

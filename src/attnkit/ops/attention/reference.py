@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from attnkit._core.checks import accumulator_dtype
-from attnkit.ops.attention.call import AttentionCall
+from attnkit.ops.attention.call import AttentionCall, CoreCall
 
-__all__ = ["MAX_PAIRS", "reference"]
+__all__ = ["MAX_PAIRS", "dense_scores", "reference"]
 
 MAX_PAIRS = 4096 * 4096
 
@@ -16,6 +16,26 @@ def reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
     In 16 bits this is the naive form that error budgets refer to: scores and softmax in float32, probabilities cast to
     the input dtype, products summed in float32, one rounding at the end. In float64 it is the oracle.
+    """
+    packed = call.cu_seqlens_q is not None
+    acc = accumulator_dtype(call.q.dtype)
+    scores, values = dense_scores(call)
+    if call.sinks is not None:  # a sink is one more key whose value is zero
+        sink = call.sinks.to(acc)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0)  # keeps the gradient of rows that see nothing finite
+    lse = torch.logsumexp(scores, -1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
+    prob = torch.exp(scores - lse).masked_fill(empty, 0)[..., : values.shape[-2]]
+    out = prob.to(call.q.dtype).to(acc) @ values
+    out, lse = out.transpose(1, 2).to(call.out_dtype), lse.masked_fill(empty, -torch.inf)[..., 0].transpose(1, 2)
+    return (out[0], lse[0]) if packed else (out, lse)
+
+
+def dense_scores(call: CoreCall) -> tuple[Tensor, Tensor]:
+    """Scores [B, H, T, S], -inf where a row does not see a key, and values [B, H, S, Dv], in the accumulation dtype.
+
+    Values that nobody sees are 0, so that they may hold anything. Packed sequences are a batch of one.
     """
     packed = call.cu_seqlens_q is not None
     acc = accumulator_dtype(call.q.dtype)
@@ -37,20 +57,10 @@ def reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if bias is not None:
         scores = scores + bias.masked_fill(torch.isneginf(bias), 0)
-    scores = scores.masked_fill(~seen, -torch.inf)
-    if call.sinks is not None:  # a sink is one more key whose value is zero
-        sink = call.sinks.to(acc)[None, :, None, None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], dim=-1)
-    empty = torch.isneginf(scores).all(-1, keepdim=True)
-    scores = scores.masked_fill(empty, 0)  # keeps the gradient of rows that see nothing finite
-    lse = torch.logsumexp(scores, -1, keepdim=True) if scores.shape[-1] else scores.new_zeros(*scores.shape[:-1], 1)
-    prob = torch.exp(scores - lse).masked_fill(empty, 0)[..., : k.shape[1]]
-    out = prob.to(call.q.dtype).to(acc) @ values
-    out, lse = out.transpose(1, 2).to(call.out_dtype), lse.masked_fill(empty, -torch.inf)[..., 0].transpose(1, 2)
-    return (out[0], lse[0]) if packed else (out, lse)
+    return scores.masked_fill(~seen, -torch.inf), values
 
 
-def _seen(call: AttentionCall) -> Tensor:
+def _seen(call: CoreCall) -> Tensor:
     """[T, S] or [B, T, S] bool, written from the definition and not from a Plan."""
     num_q, num_k = call.q.shape[-3], call.k.shape[-3]
     key = torch.arange(num_k)
