@@ -10,14 +10,20 @@ from attnkit.ops.attention import spec as _attention
 from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
 from attnkit.ops.entmax.spec import SPEC as _ENTMAX
+from attnkit.ops.entmax_attention.api import EntmaxAttentionResult, entmax_attention
+from attnkit.ops.entmax_attention.sparsity import attention_sparsity
+from attnkit.ops.entmax_attention.spec import SPEC as _ENTMAX_ATTENTION
 from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
 
 __all__ = [
     "OPS",
+    "EntmaxAttentionResult",
     "attention",
+    "attention_sparsity",
     "entmax",
     "entmax15",
+    "entmax_attention",
     "entmax_loss",
     "entmax_threshold",
     "explain",
@@ -26,7 +32,7 @@ __all__ = [
     "sparsemax",
 ]
 
-for _spec in (*_attention.SPECS, _MERGE, _ENTMAX):
+for _spec in (*_attention.SPECS, _MERGE, _ENTMAX, _ENTMAX_ATTENTION):
     OPS.register(_spec.name, _spec)
 
 

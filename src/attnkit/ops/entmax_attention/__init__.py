@@ -1,0 +1,1 @@
+"""Attention whose rows are normalised by alpha-entmax."""
