@@ -65,6 +65,8 @@ DECODERS: dict[str, dict[str, Any]] = {
         "head_dim": 24,
     },
     "sliding": {"mixer_types": ["sliding_attention", "attention_nope", "sliding_attention_nope"], "sliding_window": 5},
+    "entmax": {"mixer_types": ["entmax", "sliding_entmax", "entmax_nope"], "sliding_window": 5},
+    "learned_entmax": {"mixer_types": ["entmax", "attention"], "entmax_alpha": "learned"},
     "states": {"mixer_types": ["test_average", "attention"]},
     "shared": {"mixer_types": ["test_producer", "attention", "test_consumer"]},
     "no_keys": {"mixer_types": ["test_producer", "test_consumer"]},
@@ -73,7 +75,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "encoder": {},
     "sliding_encoder": {"mixer_types": "sliding_attention", "sliding_window": 4, "norm_type": "layernorm"},
 }
-ATTENTION = ("dense", "tied", "sliding")  # padded and packed input works
+ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax")  # padded and packed input works
 
 
 def build(name: str, **options: Any) -> Any:

@@ -253,6 +253,7 @@ def test_parameter_count(name: str) -> None:
     total = VOCABULARY * width * (1 if c.tie_word_embeddings else 2) + norm
     for mixer, mlp in zip(c.mixer_types, c.mlp_types, strict=True):
         total += norm + mixers.get(mixer, attention) + mlps[mlp]
+        total += c.num_attention_heads if "entmax" in mixer and getattr(c, "entmax_alpha", None) == "learned" else 0
     assert sum(weight.numel() for weight in model.parameters()) == total
 
 

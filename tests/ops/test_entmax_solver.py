@@ -77,6 +77,12 @@ def test_rows_with_nothing_in_them_and_with_nan() -> None:
         prob = solver.powers(z - found.shift, found.place, alpha)[0]
         assert (prob[1] == 0).all()
         assert torch.isnan(prob[2]).all()
+        half = torch.tensor([[0.0, -INF, -0.1, -INF]]) * (alpha - 1)
+        for own in (alpha, torch.full((1, 1), alpha)):
+            found = solver.solve(lambda half=half: (half,), own)
+            prob = solver.powers(half - found.shift, found.place, own)[0]
+            assert (prob[0, 1::2] == 0).all()
+            assert abs(float(prob.sum()) - 1) < 1e-5
     for alpha in (1.1, 1.5, 1.75, 2.0):
         assert (solver.solve(lambda: (torch.zeros(3, 0),), alpha).tau == INF).all()
 

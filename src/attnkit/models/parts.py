@@ -6,29 +6,38 @@ from typing import Any
 from torch import nn
 
 from attnkit.models.registry import MLPS, mixer
-from attnkit.modules import MLP, SoftmaxAttention, SwiGLU
+from attnkit.modules import MLP, EntmaxAttention, SoftmaxAttention, SwiGLU
 
 __all__: list[str] = []
 
 
 def _attention(config: Any, layer_idx: int, *, rope: bool, sliding: bool) -> nn.Module:
     return SoftmaxAttention(
-        config.hidden_size,
-        config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        layer_idx=layer_idx,
+        config.hidden_size, config.num_attention_heads, **_heads(config), layer_idx=layer_idx, rope=rope,
         window=config.sliding_window if sliding else None,
-        rope=rope,
-        bias=config.attention_bias,
-    )
+    )  # fmt: skip
 
 
-for _name, _rope, _sliding in (
-    ("attention", True, False),
-    ("attention_nope", False, False),
-    ("sliding_attention", True, True),
-    ("sliding_attention_nope", False, True),
+def _entmax(config: Any, layer_idx: int, *, rope: bool, sliding: bool) -> nn.Module:
+    """`config.entmax_alpha` is a number or "learned"; where it is absent, 1.5."""
+    return EntmaxAttention(
+        config.hidden_size, config.num_attention_heads, **_heads(config), layer_idx=layer_idx, rope=rope,
+        window=config.sliding_window if sliding else None, alpha=getattr(config, "entmax_alpha", 1.5),
+    )  # fmt: skip
+
+
+def _heads(config: Any) -> dict[str, Any]:
+    return {"num_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim, "bias": config.attention_bias}
+
+
+for _name, _build, _rope, _sliding in (
+    ("attention", _attention, True, False),
+    ("attention_nope", _attention, False, False),
+    ("sliding_attention", _attention, True, True),
+    ("sliding_attention_nope", _attention, False, True),
+    ("entmax", _entmax, True, False),
+    ("entmax_nope", _entmax, False, False),
+    ("sliding_entmax", _entmax, True, True),
 ):
     mixer(
         _name,
@@ -37,7 +46,7 @@ for _name, _rope, _sliding in (
         bidirectional=True,
         packing=True,
         padding=True,
-    )(partial(_attention, rope=_rope, sliding=_sliding))
+    )(partial(_build, rope=_rope, sliding=_sliding))
 
 MLPS.register("swiglu", lambda config, _: SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
 MLPS.register("mlp", lambda config, _: MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))

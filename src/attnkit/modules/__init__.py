@@ -3,10 +3,23 @@
 A mixer is a module called as `mixer(x, context, shared)`; `MixerContext` and `Shared` say what it is given.
 """
 
-from attnkit.modules.attention import SoftmaxAttention
+from attnkit.modules.attention import GroupedAttention, SoftmaxAttention
+from attnkit.modules.entmax import AlphaSchedule, EntmaxAttention
 from attnkit.modules.mixing import MixerContext, Shared
 from attnkit.modules.mlp import MLP, SwiGLU
 from attnkit.modules.norms import make_norm
 from attnkit.modules.rotary import RotaryEmbedding, rotate
 
-__all__ = ["MLP", "MixerContext", "RotaryEmbedding", "Shared", "SoftmaxAttention", "SwiGLU", "make_norm", "rotate"]
+__all__ = [
+    "MLP",
+    "AlphaSchedule",
+    "EntmaxAttention",
+    "GroupedAttention",
+    "MixerContext",
+    "RotaryEmbedding",
+    "Shared",
+    "SoftmaxAttention",
+    "SwiGLU",
+    "make_norm",
+    "rotate",
+]

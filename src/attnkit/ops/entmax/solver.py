@@ -194,7 +194,7 @@ def powers(v: Tensor, place: Tensor, alpha: Alpha) -> tuple[Tensor, Tensor, Tens
     w = v - place
     if isinstance(end, Tensor):
         inside = w > end
-        safe = torch.where(inside, w, 1)
+        safe = torch.where(inside, w, 1 + end)  # what has the logarithm 0
         log_u = torch.where(end < 0, torch.log1p(safe), torch.log(torch.where(end < 0, 1, safe)))
     else:
         inside = w > -1
