@@ -82,7 +82,19 @@ def test_docstrings(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["start", "attention", "attention-core", "models", "inference", "compare", "numerics", "conformance", "race", "training"],
+    [
+        "start",
+        "attention",
+        "attention-core",
+        "entmax",
+        "models",
+        "inference",
+        "compare",
+        "numerics",
+        "conformance",
+        "race",
+        "training",
+    ],
 )
 def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """`python` blocks run, `pycon` blocks give what they show; the blocks of a page share their names."""

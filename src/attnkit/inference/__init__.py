@@ -17,6 +17,7 @@ __all__ = [
     "YaRN",
     "apply",
     "available",
+    "register_entmax",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -36,5 +37,6 @@ __getattr__, __dir__ = lazy_attributes(
         "YaRN": "attnkit.inference.positions",
         "apply": "attnkit.inference.applied",
         "available": "attnkit.inference.policy",
+        "register_entmax": "attnkit.inference.entmax",
     },
 )

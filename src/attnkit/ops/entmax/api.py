@@ -39,7 +39,7 @@ def entmax(
     >>> import torch
     >>> from attnkit import ops
     >>> ops.entmax(torch.tensor([2.0, 1.0, 0.0, -1.0]))
-    tensor([0.7979, 0.2021, 0.0000, 0.0000])
+    tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
     call = prepare(x, alpha, dim, mask=mask)
     return call.restore(choose("entmax", BACKENDS, backend, call).run(call)).to(call.dtype)
@@ -81,7 +81,7 @@ def entmax_threshold(x: Tensor, alpha: float | Tensor = 1.5, dim: int = -1, *, m
     >>> from attnkit import ops
     >>> x = torch.tensor([2.0, 1.0, 0.0, -1.0])
     >>> (0.5 * x - ops.entmax_threshold(x)).clamp(min=0).square()
-    tensor([0.7979, 0.2021, 0.0000, 0.0000])
+    tensor([0.8307, 0.1693, 0.0000, 0.0000])
     """
     with torch.no_grad():
         call = prepare(x, alpha, dim, mask=mask)
