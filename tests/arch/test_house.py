@@ -152,7 +152,7 @@ def test_environment_variables_are_all_declared() -> None:
 
 def test_private_transformers_names_live_in_one_module() -> None:
     """What transformers may rename without notice is named in inference/compat.py and nowhere else."""
-    private = re.compile(r"_attn_implementation|_global_mapping|masking_utils|modeling_rope_utils")
+    private = re.compile(r"\b_attn_implementation|_global_mapping|masking_utils|modeling_rope_utils")
     found = {str(path.relative_to(SOURCE)) for path in FILES if private.search(path.read_text(encoding="utf-8"))}
     assert found <= {"inference/compat.py"}
 
