@@ -8,12 +8,23 @@ from attnkit._core.errors import OptionError
 from attnkit._core.opspec import OPS
 from attnkit.ops.attention import spec as _attention
 from attnkit.ops.attention.api import attention, query_sparse_attention
+from attnkit.ops.indexed import spec as _indexed
+from attnkit.ops.indexed.api import hash_sparse_attention, indexed_attention, qk_sparse_attention
 from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
 
-__all__ = ["OPS", "attention", "explain", "merge_partials", "query_sparse_attention"]
+__all__ = [
+    "OPS",
+    "attention",
+    "explain",
+    "hash_sparse_attention",
+    "indexed_attention",
+    "merge_partials",
+    "qk_sparse_attention",
+    "query_sparse_attention",
+]
 
-for _spec in (*_attention.SPECS, _MERGE):
+for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS):
     OPS.register(_spec.name, _spec)
 
 
