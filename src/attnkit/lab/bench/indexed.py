@@ -122,10 +122,12 @@ def _flex(shape: Shape) -> Operator:
             rows = t.transpose(1, 2).repeat_interleave(heads // t.shape[2], 1)
             return rows.gather(2, order[..., None].expand(-1, -1, -1, t.shape[3]))
 
-        mask = make_mask(
-            lambda b, h, i, j: (bucket[b, h, i] == bucket[b, h, j]) & (i >= j), *bucket.shape[:2], *[bucket.shape[2]] * 2,
-            device=q.device,
-        )  # fmt: skip
+        batch, _, rows = bucket.shape
+
+        def meet(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (bucket[b, h, i] == bucket[b, h, j]) & (i >= j)
+
+        mask = make_mask(meet, batch, heads, rows, rows, device=q.device)
         out: Any = compiled(sort(q), sort(k), sort(v), block_mask=mask)
         index = order[..., None].expand_as(out)
         return torch.empty_like(out).scatter(2, index, out).transpose(1, 2)
@@ -146,7 +148,7 @@ def _varlen(shape: Shape) -> Operator:
         order = order_rows(prepare_hash(q, k, v, q_bucket, k_bucket, num_buckets=num_buckets))
         rows = (gather(t.flatten(0, 2), where)[:, None] for t, where in ((q, order.queries), (k, order.keys), (v, order.keys)))
         out: Tensor = function(*rows, order.cu_q, order.cu_k, longest, longest, **causal)
-        return scatter(out[:, 0], order.queries).unflatten(0, q.shape[:3])
+        return scatter(out[:, 0], order.queries).view(*q.shape[:3], -1)
 
     return attend
 
