@@ -65,6 +65,13 @@ DECODERS: dict[str, dict[str, Any]] = {
         "head_dim": 24,
     },
     "sliding": {"mixer_types": ["sliding_attention", "attention_nope", "sliding_attention_nope"], "sliding_window": 5},
+    "hashed": {"mixer_types": ["hash_sparse_attention", "attention"], "sparse": {"num_buckets": 4}},
+    "hashed_shared": {
+        "mixer_types": ["hash_sparse_attention"] * 2,
+        "num_key_value_heads": None,
+        "sparse": {"num_buckets": 4, "qk_shared": True, "rounds": 2, "self_attend": False},
+    },
+    "dropped": {"mixer_types": ["drop_sparse_attention", "attention"]},
     "states": {"mixer_types": ["test_average", "attention"]},
     "shared": {"mixer_types": ["test_producer", "attention", "test_consumer"]},
     "no_keys": {"mixer_types": ["test_producer", "test_consumer"]},
@@ -73,7 +80,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "encoder": {},
     "sliding_encoder": {"mixer_types": "sliding_attention", "sliding_window": 4, "norm_type": "layernorm"},
 }
-ATTENTION = ("dense", "tied", "sliding")  # padded and packed input works
+ATTENTION = ("dense", "tied", "sliding", "hashed", "hashed_shared")  # padded and packed input works
 
 
 def build(name: str, **options: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from attnkit.models.registry import MLPS, mixer
-from attnkit.modules import MLP, SoftmaxAttention, SwiGLU
+from attnkit.modules import MLP, SoftmaxAttention, SparseCausalAttention, SwiGLU
 
 __all__: list[str] = []
 
@@ -38,6 +38,28 @@ for _name, _rope, _sliding in (
         packing=True,
         padding=True,
     )(partial(_attention, rope=_rope, sliding=_sliding))
+
+
+def _sparse(config: Any, layer_idx: int, *, mode: str) -> nn.Module:
+    """Reads `sparse`, a dictionary of further arguments of SparseCausalAttention, from the configuration."""
+    options = dict(getattr(config, "sparse", None) or {})
+    return SparseCausalAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layer_idx=layer_idx,
+        bias=config.attention_bias,
+        mode=mode,
+        seed=layer_idx + options.pop("seed", 0),
+        **options,
+    )
+
+
+for _mode in ("hash", "drop"):
+    mixer(f"{_mode}_sparse_attention", cache_type="full_attention", needs_rope=True, packing=True, padding=True)(
+        partial(_sparse, mode=_mode)
+    )
 
 MLPS.register("swiglu", lambda config, _: SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
 MLPS.register("mlp", lambda config, _: MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))

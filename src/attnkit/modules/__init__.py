@@ -8,5 +8,23 @@ from attnkit.modules.mixing import MixerContext, Shared
 from attnkit.modules.mlp import MLP, SwiGLU
 from attnkit.modules.norms import make_norm
 from attnkit.modules.rotary import RotaryEmbedding, rotate
+from attnkit.modules.selection import Kept, LearnedDrop, LSHHasher, RandomDrop, Redrawn, TopKDrop
+from attnkit.modules.sparse_attention import SparseCausalAttention
 
-__all__ = ["MLP", "MixerContext", "RotaryEmbedding", "Shared", "SoftmaxAttention", "SwiGLU", "make_norm", "rotate"]
+__all__ = [
+    "MLP",
+    "Kept",
+    "LSHHasher",
+    "LearnedDrop",
+    "MixerContext",
+    "RandomDrop",
+    "Redrawn",
+    "RotaryEmbedding",
+    "Shared",
+    "SoftmaxAttention",
+    "SparseCausalAttention",
+    "SwiGLU",
+    "TopKDrop",
+    "make_norm",
+    "rotate",
+]
