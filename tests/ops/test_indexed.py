@@ -11,7 +11,7 @@ from torch import Tensor
 from attnkit import ops
 from attnkit._core.errors import BackendUnavailable, InputError
 from attnkit.ops._attention_core.plan import Plan
-from attnkit.ops.indexed.call import IndexedCall, prepare
+from attnkit.ops.indexed.call import IndexedCall, prepare, prepare_hash, prepare_qk
 from attnkit.ops.indexed.reference import count_seen
 from attnkit.ops.indexed.rows import Order, order_rows
 
@@ -208,3 +208,36 @@ def test_refusals_name_what_to_do() -> None:
     with pytest.raises(BackendUnavailable, match="bfloat16"):
         ops.indexed_attention(*half, None, None, backend="triton")
     assert ops.explain(ops.indexed_attention, q, k, v, None, None).chosen == "torch"
+
+
+@pytest.mark.parametrize("name", ["hash_sparse_attention", "qk_sparse_attention"])
+def test_occupancy_counts_steps(name: str) -> None:
+    """Against tiles counted one by one in the mask of sorted rows."""
+    q, k, v = _qkv(100, heads=(2, 1), batch=1)
+    if name == "hash_sparse_attention":
+        options: dict[str, Any] = {
+            f"{side}_bucket": torch.randint(0, 3, (1, 100, heads)) for side, heads in (("q", 2), ("k", 1))
+        }
+        call = prepare_hash(q, k, v, **options)
+    else:
+        options = {f"{side}_keep": torch.rand(1, 100, heads) < 0.5 for side, heads in (("q", 2), ("k", 1))}
+        call = prepare_qk(q, k, v, **options)
+    order = order_rows(call)
+    plan = Plan.varlen(order.cu_q, order.cu_k, 200, 100, right=0, q_pos=order.q_pos)
+    mask = plan.to_dense_mask()
+    steps = unmasked = 0
+    edges = zip(order.cu_q.tolist(), order.cu_q[1:].tolist(), order.cu_k.tolist(), order.cu_k[1:].tolist(), strict=False)
+    for q0, q1, k0, k1 in edges:
+        for row in range(q0, q1, 16):
+            for key in range(k0, k1, 8):
+                tile = mask[row : min(row + 16, q1), key : min(key + 8, k1)]
+                steps += bool(tile.any())
+                unmasked += bool(tile.all() and tile.shape[1] == 8)
+    found = ops.occupancy(name, q, k, v, **options, block_q=16, block_k=8)
+    assert found.steps == steps
+    assert found.unmasked == unmasked / steps
+    assert found.density == int(mask.sum()) / (2 * 100 * 101 / 2)
+    assert found.wanted == int(mask.sum()) / (steps * 128)
+    assert found.groups == (3 if name == "hash_sparse_attention" else 1)
+    with pytest.raises(InputError, match="occupancy is of the indexed operators"):
+        ops.occupancy("attention", q, k, v)
