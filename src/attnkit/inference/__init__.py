@@ -11,12 +11,14 @@ __all__ = [
     "PREFILLS",
     "Applied",
     "Dense",
+    "Hashed",
     "Policy",
     "RopeSpec",
     "Window",
     "YaRN",
     "apply",
     "available",
+    "register_hash_attention",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -30,11 +32,13 @@ __getattr__, __dir__ = lazy_attributes(
         "PREFILLS": "attnkit.inference.policy",
         "Applied": "attnkit.inference.applied",
         "Dense": "attnkit.inference.prefill",
+        "Hashed": "attnkit.inference.prefill",
         "Policy": "attnkit.inference.policy",
         "RopeSpec": "attnkit.inference.rope",
         "Window": "attnkit.inference.prefill",
         "YaRN": "attnkit.inference.positions",
         "apply": "attnkit.inference.applied",
         "available": "attnkit.inference.policy",
+        "register_hash_attention": "attnkit.inference.implementation",
     },
 )
