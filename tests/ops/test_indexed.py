@@ -241,3 +241,44 @@ def test_occupancy_counts_steps(name: str) -> None:
     assert found.groups == (3 if name == "hash_sparse_attention" else 1)
     with pytest.raises(InputError, match="occupancy is of the indexed operators"):
         ops.occupancy("attention", q, k, v)
+
+
+def test_too_many_groups_are_refused() -> None:
+    q, k, v = _qkv(9)
+    with pytest.raises(InputError, match=r"2\^31 groups"):
+        ops.hash_sparse_attention(q, k, v, torch.zeros(9).int(), torch.zeros(9).int(), num_buckets=2**30)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["hash_sparse_attention", "qk_sparse_attention", "indexed_attention"])
+def test_nothing_waits_for_the_gpu_and_a_graph_captures_it(name: str) -> None:
+    q, k, v = _qkv(300, heads=(4, 2), device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    queries, keys = (torch.randint(0, 4, (2, 300, heads), device="cuda") for heads in (4, 2))
+    call = {
+        "hash_sparse_attention": lambda: ops.hash_sparse_attention(q, k, v, queries, keys, num_buckets=4),
+        "qk_sparse_attention": lambda: ops.qk_sparse_attention(q, k, v, queries > 1, keys > 1),
+        "indexed_attention": lambda: ops.indexed_attention(q, k, v, queries, keys, causal="strict"),
+    }[name]
+    weight = torch.randn(2, 300, 4, 16, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> tuple[Tensor, ...]:
+        out: Any = call()
+        return (out, *torch.autograd.grad(out, (q, k, v), weight))
+
+    expected = run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(one, other) for one, other in zip(again, expected, strict=True))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from attnkit._core.errors import OptionError
 from attnkit.models.registry import MLPS, mixer
 from attnkit.modules import MLP, SoftmaxAttention, SparseCausalAttention, SwiGLU
 
@@ -40,9 +41,19 @@ for _name, _rope, _sliding in (
     )(partial(_attention, rope=_rope, sliding=_sliding))
 
 
+_SPARSE = ("qk_shared", "num_buckets", "rounds", "self_attend", "drop_rate", "seed", "resample")
+
+
 def _sparse(config: Any, layer_idx: int, *, mode: str) -> nn.Module:
-    """Reads `sparse`, a dictionary of further arguments of SparseCausalAttention, from the configuration."""
+    """Reads `sparse`, a dictionary of further arguments of SparseCausalAttention, from the configuration.
+
+    Raises:
+        OptionError: an option that it does not have.
+    """
     options = dict(getattr(config, "sparse", None) or {})
+    for name in options:
+        if name not in _SPARSE:
+            raise OptionError(f"sparse has no option {name!r}; it has {', '.join(_SPARSE)}")
     return SparseCausalAttention(
         config.hidden_size,
         config.num_attention_heads,

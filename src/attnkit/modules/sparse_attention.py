@@ -35,7 +35,8 @@ class SparseCausalAttention(nn.Module):
         num_buckets: of "hash", even, up to 256.
         rounds: hashes of "hash"; a key that shares several rounds counts as often.
         self_attend: whether a token sees itself; without it the first of a bucket sees nothing.
-        drop_q, drop_k: of "drop", modules that say what to keep (`RandomDrop`, `LearnedDrop`); None: half, at random.
+        drop_rate: of "drop", what share of queries and of keys is dropped at random, where no masker is given.
+        drop_q, drop_k: of "drop", modules that say what to keep (`RandomDrop`, `LearnedDrop`).
         seed, resample: of hashes, and of the default drops.
     Raises:
         OptionError: what `SoftmaxAttention` refuses; an unknown mode; shared queries and keys with grouped heads; more than
@@ -63,6 +64,7 @@ class SparseCausalAttention(nn.Module):
         num_buckets: int = 16,
         rounds: int = 1,
         self_attend: bool = True,
+        drop_rate: float = 0.5,
         drop_q: nn.Module | None = None,
         drop_k: nn.Module | None = None,
         seed: int = 0,
@@ -86,8 +88,8 @@ class SparseCausalAttention(nn.Module):
         if mode == "hash":
             self.hasher = LSHHasher(num_kv_heads, head_dim, num_buckets, rounds=rounds, seed=seed, resample=resample)
         if mode == "drop":
-            self.drop_q = RandomDrop(0.5, seed=2 * seed, resample=resample) if drop_q is None else drop_q
-            self.drop_k = RandomDrop(0.5, seed=2 * seed + 1, resample=resample) if drop_k is None else drop_k
+            self.drop_q = RandomDrop(drop_rate, seed=2 * seed, resample=resample) if drop_q is None else drop_q
+            self.drop_k = RandomDrop(drop_rate, seed=2 * seed + 1, resample=resample) if drop_k is None else drop_k
 
     def forward(self, x: Tensor, context: MixerContext = _ALONE, shared: Shared = _NOTHING) -> Tensor:
         """[B, T, C] -> [B, T, C]; packed sequences come as [1, R, C] with `context.cu_seqlens`.

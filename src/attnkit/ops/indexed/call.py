@@ -154,7 +154,12 @@ def _checked(
     if (queries.groups is None) != (keys.groups is None):
         missing = f"q_{noun}" if queries.groups is None else f"k_{noun}"
         raise OptionError(f"{missing} is missing; queries and keys are grouped together or not at all")
-    return IndexedCall(base, queries, keys, _count_groups(queries, keys, num_groups, noun, count), causal)
+    groups = _count_groups(queries, keys, num_groups, noun, count)
+    if k.shape[0] * k.shape[2] * groups >= 2**31 - 1:
+        raise UnsupportedError(
+            f"{count}={groups} in {k.shape[0]} batch elements of {k.shape[2]} key heads are 2^31 groups or more"
+        )
+    return IndexedCall(base, queries, keys, groups, causal)
 
 
 def _check_rows(name: str, tensor: Tensor, of: Tensor, pattern: str, *dtypes: torch.dtype) -> None:
