@@ -10,7 +10,21 @@ from oracles import prompt
 
 from attnkit import inference
 from attnkit._core.errors import OptionError, PolicyError
-from attnkit.inference import CACHES, CORRECTIONS, NTK, PI, POSITIONS, PREFILLS, Dense, Policy, Window, YaRN, apply, available
+from attnkit.inference import (
+    CACHES,
+    CORRECTIONS,
+    NTK,
+    PI,
+    POSITIONS,
+    PREFILLS,
+    Dense,
+    Hashed,
+    Policy,
+    Window,
+    YaRN,
+    apply,
+    available,
+)
 from attnkit.testing import tiny_model
 
 
@@ -49,15 +63,15 @@ def test_names_and_objects_are_the_same_thing():
 
 
 def test_registries_hold_what_a_policy_takes():
-    assert list(PREFILLS) == ["dense", "window"]
+    assert list(PREFILLS) == ["dense", "window", "hash"]
     assert list(POSITIONS) == ["pi", "ntk", "yarn"]
-    assert [type(PREFILLS[name]()) for name in PREFILLS] == [Dense, Window]
+    assert [type(PREFILLS[name]()) for name in PREFILLS] == [Dense, Window, Hashed]
     assert [type(POSITIONS[name]()) for name in POSITIONS] == [PI, NTK, YaRN]
 
 
 def test_available_names_can_be_applied():
     model, ids = tiny_model("llama"), prompt(1, 8)
-    assert available() == ("dense", "window", "pi", "ntk", "yarn", "keep_even")
+    assert available() == ("dense", "window", "hash", "pi", "ntk", "yarn", "keep_even")
     for name in available():
         with torch.no_grad(), apply(model, name) as h:
             model(ids, past_key_values=h.new_cache())
@@ -70,12 +84,16 @@ def test_available_names_can_be_applied():
         (
             lambda: Policy(prefill="windw"),
             OptionError,
-            "unknown prefill method 'windw'; did you mean 'window'\\? known: dense, window",
+            "unknown prefill method 'windw'; did you mean 'window'\\? known: dense, window, hash",
         ),
         (lambda: Policy(position="rope"), OptionError, "unknown position method 'rope'; known: pi, ntk, yarn"),
         (lambda: Policy(correction="delta"), OptionError, "unknown correction 'delta'; known: doubled"),
         (lambda: Policy(cache="h2o"), OptionError, "unknown cache method 'h2o'; known: keep_even"),
-        (lambda: Policy(prefill=None), PolicyError, "prefill=None is not a registered prefill method; known: dense, window"),
+        (
+            lambda: Policy(prefill=None),
+            PolicyError,
+            "prefill=None is not a registered prefill method; known: dense, window, hash",
+        ),
         (lambda: Policy(prefill=YaRN()), PolicyError, r"prefill=YaRN\(.*\) is not a registered prefill method"),
         (lambda: Policy(position=2.0), PolicyError, "position=2.0 is not a registered position method; known: pi, ntk, yarn"),
         (lambda: Policy(correction="doubled"), PolicyError, "a correction repairs a sparse prefill, and this one is dense"),
@@ -108,6 +126,7 @@ def test_an_object_of_an_unregistered_class_is_refused():
         Policy(),
         Policy(prefill=Window(window=7, sink=0, rerotate=True), position=YaRN(factor=3.5, beta_fast=16)),
         Policy(prefill=Window(dense_prefill=True), position=NTK(factor=4)),
+        Policy(prefill=Hashed(num_buckets=4, rounds=3)),
     ],
 )
 def test_policies_survive_a_file(policy, tmp_path):

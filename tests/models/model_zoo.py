@@ -67,6 +67,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "sliding": {"mixer_types": ["sliding_attention", "attention_nope", "sliding_attention_nope"], "sliding_window": 5},
     "entmax": {"mixer_types": ["entmax", "sliding_entmax", "entmax_nope"], "sliding_window": 5},
     "learned_entmax": {"mixer_types": ["entmax", "attention"], "entmax_alpha": "learned"},
+    "hashed": {"mixer_types": ["hash_sparse_attention", "attention"], "sparse": {"num_buckets": 4}},
+    "hashed_shared": {
+        "mixer_types": ["hash_sparse_attention"] * 2,
+        "num_key_value_heads": None,
+        "sparse": {"num_buckets": 4, "qk_shared": True, "rounds": 2, "self_attend": False},
+    },
+    "dropped": {"mixer_types": ["drop_sparse_attention", "attention"]},
     "states": {"mixer_types": ["test_average", "attention"]},
     "shared": {"mixer_types": ["test_producer", "attention", "test_consumer"]},
     "no_keys": {"mixer_types": ["test_producer", "test_consumer"]},
@@ -75,7 +82,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "encoder": {},
     "sliding_encoder": {"mixer_types": "sliding_attention", "sliding_window": 4, "norm_type": "layernorm"},
 }
-ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax")  # padded and packed input works
+ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax", "hashed", "hashed_shared")  # padded and packed input works
 
 
 def build(name: str, **options: Any) -> Any:

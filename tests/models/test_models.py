@@ -245,6 +245,8 @@ def test_parameter_count(name: str) -> None:
     inner = c.intermediate_size
     mixers = {"test_average": width**2, "test_producer": width**2, "test_consumer": width**2}
     attention = 2 * width * (queries + keys) + c.attention_bias * (queries + 2 * keys + width)
+    if getattr(c, "sparse", {}).get("qk_shared"):  # no projection of keys, and a temperature of each head
+        attention += c.num_attention_heads - width * keys
     mlps = {
         "swiglu": 3 * width * inner + c.mlp_bias * (2 * inner + width) + norm,
         "mlp": 2 * width * inner + c.mlp_bias * (inner + width) + norm,

@@ -44,6 +44,8 @@ VARIANTS = (
     ("bf16", PLAIN | {"NORM": "consistent"}),
     ("fp16", EVERYTHING | {"ROWS": "packed"}),
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
+    ("bf16", PLAIN | {"ROWS": "indexed"}),
+    ("fp16", SMALL | {"ROWS": "indexed", "WINDOW": True, "num_seqs": 1}),  # Triton makes a constant of every 1
 )
 ROWS = tuple(
     (dtype, {"KIND": kind, "ALPHAS": kind == "general", "SHORT": short, "BLOCK_R": 2 if short else 1, "BLOCK_N": 256})
@@ -61,8 +63,8 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     signature, constants = {}, {}
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags[NEEDS[name]]
-        absent |= name in ("cu_q", "cu_k") and flags["ROWS"] != "packed"
-        absent |= name == "q_pos" and flags["ROWS"] != "positions"
+        absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
+        absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
         elif name in POINTERS:

@@ -72,6 +72,24 @@ def test_rows_are_sound(data: st.DataObject, num_k: int, left: int) -> None:
     _assert_sound(plan)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from([1, 16, 32]), sides)
+def test_packed_rows_on_given_keys_are_sound(data: st.DataObject, block: int, left: int) -> None:
+    lengths = data.draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=5))
+    cu_q, cu_k = (torch.tensor([0, *side]).cumsum(0).int() for side in zip(*lengths, strict=True))
+    starts = cu_k[:-1].tolist()
+    pos = [
+        start + data.draw(st.integers(-1, max(keys - 1, -1))) for (rows, keys), start in zip(lengths, starts, strict=True)
+        for _ in range(rows)
+    ]  # fmt: skip
+    num_q, num_k = int(cu_q[-1]), int(cu_k[-1])
+    q_pos = torch.tensor(pos, dtype=torch.int32)
+    plan = Plan.varlen(cu_q, cu_k, num_q, num_k, left, 0, q_pos=q_pos, block_q=block)
+    _assert_sound(plan)
+    start, end = (edge.repeat_interleave(cu_q.diff()) for edge in (cu_k[:-1], cu_k[1:]))
+    assert torch.equal(plan.to_dense_mask(), _definition(q_pos, start, end, num_k, left, 0))
+
+
 def test_rows_past_the_last_boundary_see_nothing() -> None:
     cu = torch.tensor([0, 3, 5], dtype=torch.int32)
     plan = Plan.varlen(cu, cu, 8, 8, block_q=4)

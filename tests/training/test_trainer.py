@@ -187,6 +187,14 @@ def test_models_that_cannot_be_read(tmp_path: Path) -> None:
         training.new_model(vocab_size=8, dim=30, layers=1, heads=4, positions=8)
     with pytest.raises(OptionError, match="unknown mixer"):
         training.new_model(vocab_size=8, dim=32, layers=1, heads=2, positions=8, mixer="atention")
+    sizes = {"vocab_size": 8, "dim": 32, "layers": 1, "heads": 2, "positions": 8}
+    model = training.new_model(**sizes, mixer="hash_sparse_attention:num_buckets=4:qk_shared=true:resample=never")
+    mixer = model.model.layers[0].mixer
+    assert (mixer.num_buckets, mixer.temperature is None, mixer.hasher.resample) == (4, False, "never")
+    with pytest.raises(OptionError, match="'buckets'; it has qk_shared, num_buckets"):
+        training.new_model(**sizes, mixer="hash_sparse_attention:buckets=4")
+    with pytest.raises(OptionError, match="'attention' takes no options"):
+        training.new_model(**sizes, mixer="attention:window=4")
 
 
 def test_operations_are_counted_by_document() -> None:

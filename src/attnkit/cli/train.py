@@ -54,7 +54,13 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _SIZE = click.IntRange(min=1)
 _model_options = _options(
-    click.option("--mixer", default="attention", show_default=True, metavar="NAME", help="What mixes tokens in each block."),
+    click.option(
+        "--mixer",
+        default="attention",
+        show_default=True,
+        metavar="NAME",
+        help="What mixes tokens in each block; options after colons, NAME:OPTION=VALUE.",
+    ),
     click.option("--dim", type=_SIZE, default=128, show_default=True, help="Width of the model."),
     click.option("--layers", type=_SIZE, default=2, show_default=True, help="Blocks."),
     click.option("--heads", type=_SIZE, default=2, show_default=True, help="Attention heads."),

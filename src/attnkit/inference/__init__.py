@@ -11,6 +11,7 @@ __all__ = [
     "PREFILLS",
     "Applied",
     "Dense",
+    "Hashed",
     "Policy",
     "RopeSpec",
     "Window",
@@ -18,6 +19,7 @@ __all__ = [
     "apply",
     "available",
     "register_entmax",
+    "register_hash_attention",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -31,6 +33,7 @@ __getattr__, __dir__ = lazy_attributes(
         "PREFILLS": "attnkit.inference.policy",
         "Applied": "attnkit.inference.applied",
         "Dense": "attnkit.inference.prefill",
+        "Hashed": "attnkit.inference.prefill",
         "Policy": "attnkit.inference.policy",
         "RopeSpec": "attnkit.inference.rope",
         "Window": "attnkit.inference.prefill",
@@ -38,5 +41,6 @@ __getattr__, __dir__ = lazy_attributes(
         "apply": "attnkit.inference.applied",
         "available": "attnkit.inference.policy",
         "register_entmax": "attnkit.inference.entmax",
+        "register_hash_attention": "attnkit.inference.implementation",
     },
 )

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from attnkit._core.errors import OptionError
 from attnkit.models.registry import MLPS, mixer
-from attnkit.modules import MLP, EntmaxAttention, SoftmaxAttention, SwiGLU
+from attnkit.modules import MLP, EntmaxAttention, SoftmaxAttention, SparseCausalAttention, SwiGLU
 
 __all__: list[str] = []
 
@@ -47,6 +48,38 @@ for _name, _build, _rope, _sliding in (
         packing=True,
         padding=True,
     )(partial(_build, rope=_rope, sliding=_sliding))
+
+
+_SPARSE = ("qk_shared", "num_buckets", "rounds", "self_attend", "drop_rate", "seed", "resample")
+
+
+def _sparse(config: Any, layer_idx: int, *, mode: str) -> nn.Module:
+    """Reads `sparse`, a dictionary of further arguments of SparseCausalAttention, from the configuration.
+
+    Raises:
+        OptionError: an option that it does not have.
+    """
+    options = dict(getattr(config, "sparse", None) or {})
+    for name in options:
+        if name not in _SPARSE:
+            raise OptionError(f"sparse has no option {name!r}; it has {', '.join(_SPARSE)}")
+    return SparseCausalAttention(
+        config.hidden_size,
+        config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        layer_idx=layer_idx,
+        bias=config.attention_bias,
+        mode=mode,
+        seed=layer_idx + options.pop("seed", 0),
+        **options,
+    )
+
+
+for _mode in ("hash", "drop"):
+    mixer(f"{_mode}_sparse_attention", cache_type="full_attention", needs_rope=True, packing=True, padding=True)(
+        partial(_sparse, mode=_mode)
+    )
 
 MLPS.register("swiglu", lambda config, _: SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
 MLPS.register("mlp", lambda config, _: MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))

@@ -9,6 +9,8 @@ from attnkit.modules.mixing import MixerContext, Shared
 from attnkit.modules.mlp import MLP, SwiGLU
 from attnkit.modules.norms import make_norm
 from attnkit.modules.rotary import RotaryEmbedding, rotate
+from attnkit.modules.selection import Kept, LearnedDrop, LSHHasher, RandomDrop, Redrawn, TopKDrop
+from attnkit.modules.sparse_attention import SparseCausalAttention
 
 __all__ = [
     "MLP",
@@ -20,6 +22,13 @@ __all__ = [
     "Shared",
     "SoftmaxAttention",
     "SwiGLU",
+    "Kept",
+    "LSHHasher",
+    "LearnedDrop",
+    "RandomDrop",
+    "Redrawn",
+    "SparseCausalAttention",
+    "TopKDrop",
     "make_norm",
     "rotate",
 ]

@@ -13,9 +13,27 @@ from attnkit.modules.rotary import rotate
 from attnkit.ops.attention.api import attention
 from attnkit.ops.attention.call import MAX_WIDTH, MIN_WIDTH, STABLE
 
-__all__ = ["GroupedAttention", "SoftmaxAttention"]
+__all__ = ["GroupedAttention", "SoftmaxAttention", "head_sizes"]
 
 _ALONE, _NOTHING = MixerContext(), Shared()
+
+
+def head_sizes(hidden_size: int, num_heads: int, num_kv_heads: int | None, head_dim: int | None) -> tuple[int, int]:
+    """Hkv and D, where None stands for H and C / H.
+
+    Raises:
+        OptionError: heads that do not divide, or a width that attention has no kernels for.
+    """
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise OptionError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise OptionError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}; give head_dim")
+        head_dim = hidden_size // num_heads
+    if not MIN_WIDTH <= head_dim <= MAX_WIDTH:
+        raise OptionError(f"head_dim={head_dim} is outside {MIN_WIDTH}..{MAX_WIDTH}, the widths that attention has kernels for")
+    return num_kv_heads, head_dim
 
 
 class GroupedAttention(nn.Module):
@@ -49,19 +67,9 @@ class GroupedAttention(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise OptionError(f"num_heads={num_heads} must be a multiple of num_kv_heads={num_kv_heads}")
-        if head_dim is None:
-            if hidden_size % num_heads:
-                raise OptionError(f"hidden_size={hidden_size} is no multiple of num_heads={num_heads}; give head_dim")
-            head_dim = hidden_size // num_heads
+        num_kv_heads, head_dim = head_sizes(hidden_size, num_heads, num_kv_heads, head_dim)
         if window is not None and window < 1:
             raise OptionError(f"window={window} must count at least the token itself; use None for no window")
-        if not MIN_WIDTH <= head_dim <= MAX_WIDTH:
-            raise OptionError(
-                f"head_dim={head_dim} is outside {MIN_WIDTH}..{MAX_WIDTH}, the widths that attention has kernels for"
-            )
         self.head_dim, self.layer_idx, self.window, self.rope = head_dim, layer_idx, window, rope
         self.operator = operator
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)

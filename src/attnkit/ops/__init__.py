@@ -13,12 +13,17 @@ from attnkit.ops.entmax.spec import SPEC as _ENTMAX
 from attnkit.ops.entmax_attention.api import EntmaxAttentionResult, entmax_attention
 from attnkit.ops.entmax_attention.sparsity import attention_sparsity
 from attnkit.ops.entmax_attention.spec import SPEC as _ENTMAX_ATTENTION
+from attnkit.ops.indexed import spec as _indexed
+from attnkit.ops.indexed.api import hash_sparse_attention, indexed_attention, qk_sparse_attention
+from attnkit.ops.indexed.call import IndexedCall
+from attnkit.ops.indexed.occupancy import Occupancy, measure
 from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
 
 __all__ = [
     "OPS",
     "EntmaxAttentionResult",
+    "Occupancy",
     "attention",
     "attention_sparsity",
     "entmax",
@@ -27,12 +32,16 @@ __all__ = [
     "entmax_loss",
     "entmax_threshold",
     "explain",
+    "hash_sparse_attention",
+    "indexed_attention",
     "merge_partials",
+    "occupancy",
+    "qk_sparse_attention",
     "query_sparse_attention",
     "sparsemax",
 ]
 
-for _spec in (*_attention.SPECS, _MERGE, _ENTMAX, _ENTMAX_ATTENTION):
+for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION):
     OPS.register(_spec.name, _spec)
 
 
@@ -52,8 +61,38 @@ def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **k
     >>> ops.explain(ops.attention, q, q, q, softcap=2.0).chosen
     'torch'
     """
-    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    name = _name(op)
     spec = OPS[name]
-    if not isinstance(op, str) and spec.function is not op:
-        raise OptionError(f"{op!r} is not the attnkit operator of that name; give attnkit.ops.{name}")
     return explain_choice(name, spec.backends, backend, spec.prepare(*args, **kwargs))
+
+
+def occupancy(op: str | Callable[..., Any], *args: Any, block_q: int = 64, block_k: int = 64, **kwargs: Any) -> Occupancy:
+    """Count the tiles that an indexed operator would walk over, without running it (reads on the host).
+
+    Args:
+        op: `indexed_attention`, `qk_sparse_attention`, `hash_sparse_attention`, or one of their names.
+        args, kwargs: what the operator would be called with.
+        block_q, block_k: rows and keys of a tile.
+    Raises:
+        OptionError: another operator, or tiles below 1.
+        InputError: the call itself is wrong, as the operator would say.
+
+    >>> import torch
+    >>> from attnkit import ops
+    >>> q = torch.randn(1, 512, 1, 16)
+    >>> halves = torch.arange(512) // 256  # of 36 steps of causal attention 2 x 10 are left, and 2 x 4 of them hold a diagonal
+    >>> found = ops.occupancy("hash_sparse_attention", q, q, q, halves, halves, num_buckets=2)
+    >>> found.steps, round(found.step_share, 3), found.unmasked
+    (20, 0.556, 0.6)
+    """
+    call = OPS[_name(op)].prepare(*args, **kwargs)
+    if not isinstance(call, IndexedCall):
+        raise OptionError(f"{_name(op)} has no rows to sort; occupancy is of the indexed operators")
+    return measure(call, block_q, block_k)
+
+
+def _name(op: str | Callable[..., Any]) -> str:
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if not isinstance(op, str) and OPS[name].function is not op:
+        raise OptionError(f"{op!r} is not the attnkit operator of that name; give attnkit.ops.{name}")
+    return name

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from attnkit._core.errors import OptionError
 from attnkit._core.events import Event, Kind
 from attnkit._core.files import new_folder
+from attnkit.modules import Redrawn
 from attnkit.training.checkpoints import seal
 from attnkit.training.data.packing import Work
 from attnkit.training.evaluate import validate
@@ -22,7 +23,7 @@ from attnkit.training.meters import Meters
 from attnkit.training.recipe import Recipe
 from attnkit.training.work import attention_channels, counted_parameters
 
-__all__ = ["JournalCallback", "SealCallback", "SnapshotCallback", "StopCallback"]
+__all__ = ["JournalCallback", "RedrawCallback", "SealCallback", "SnapshotCallback", "StopCallback"]
 
 Listener = Callable[[Event], None]
 
@@ -119,6 +120,23 @@ class JournalCallback(TrainerCallback):
     def _tell(self, kind: Kind, text: str) -> None:
         if self._speaks:
             self._on_event(Event(kind, text, self._done, self._total))
+
+
+class RedrawCallback(TrainerCallback):
+    """Moves the random choices of layers (hashes, dropped rows) on, after every optimiser step or epoch as they ask for."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Those of steps."""
+        self._advance(kwargs["model"], "step")
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Those of epochs."""
+        self._advance(kwargs["model"], "epoch")
+
+    def _advance(self, model: Any, what: str) -> None:
+        for part in model.modules():
+            if isinstance(part, Redrawn):
+                part.advance(what)
 
 
 class SealCallback(TrainerCallback):

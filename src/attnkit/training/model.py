@@ -45,14 +45,19 @@ def new_model(
         layers: number of blocks.
         heads: of attention.
         positions: tokens of the longest sequence.
-        mixer: what every block mixes tokens with, a name of `attnkit.models.MIXERS`.
+        mixer: what every block mixes tokens with, a name of `attnkit.models.MIXERS`. The sparse ones take options of
+            `SparseCausalAttention`: "hash_sparse_attention:num_buckets=8:qk_shared=true".
         seed: of the weights.
     Raises:
         OptionError: an unknown mixer, or sizes that do not fit.
     """
     from attnkit.models import MIXERS, AttnkitDecoderConfig, AttnkitDecoderForCausalLM
 
+    mixer, *given = mixer.split(":")
     MIXERS[mixer]  # names the ones there are
+    if given and not mixer.endswith("_sparse_attention"):
+        raise OptionError(f"mixer {mixer!r} takes no options; got {', '.join(given)}")
+    sparse: dict[str, Any] = {"sparse": dict(map(_option, given))} if given else {}
     if dim % heads:
         raise OptionError(f"dim={dim} is no multiple of heads={heads}; choose sizes that divide")
     multiple = 16 if dim < 512 else 128
@@ -65,10 +70,20 @@ def new_model(
         max_position_embeddings=positions,
         mixer_types=[mixer] * layers,
         tie_word_embeddings=vocab_size > 4 * dim,  # a large table would be most of a small model
+        **sparse,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AttnkitDecoderForCausalLM(config)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE; numbers and true or false are what they say, everything else is a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def compile_parts(model: Any) -> None:

@@ -131,7 +131,10 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 
 def _model_facts(model: Any) -> dict[str, Any]:
     config = model.config
-    kept = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "mixer_types")
+    kept = (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "mixer_types",
+        "sparse",
+    )  # fmt: skip
     return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -10,7 +10,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from attnkit._core.errors import InputError, UnsupportedError
 from attnkit._core.events import Event
-from attnkit.training.callbacks import JournalCallback, SealCallback, StopCallback
+from attnkit.training.callbacks import JournalCallback, RedrawCallback, SealCallback, StopCallback
 from attnkit.training.data.packing import Row
 from attnkit.training.model import compile_parts
 from attnkit.training.recipe import Recipe
@@ -90,7 +90,7 @@ def make_trainer(
         args=_arguments(recipe, out, device, options or {}),
         train_dataset=_OneByOne(data.train),
         data_collator=_unwrap,
-        callbacks=[StopCallback(), logged, SealCallback(), *callbacks],
+        callbacks=[StopCallback(), RedrawCallback(), logged, SealCallback(), *callbacks],
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)

@@ -94,9 +94,13 @@ class Plan:
         left: int = UNBOUNDED,
         right: int = UNBOUNDED,
         *,
+        q_pos: Tensor | None = None,
         block_q: int = 128,
     ) -> "Plan":
-        """Packed sequences: boundaries [N + 1] int32 of queries and keys; within each, windows as in `window`."""
+        """Packed sequences: boundaries [N + 1] int32 of queries and keys; within each, windows as in `window`.
+
+        With `q_pos` [num_q] rows stand on these key rows instead; before its sequence's first key a row sees nothing.
+        """
         device, num_seqs = cu_seqlens_q.device, cu_seqlens_q.numel() - 1
         q_start, k_start = cu_seqlens_q[:-1].long(), cu_seqlens_k[:-1].long()
         q_len, k_len = cu_seqlens_q.diff().long(), cu_seqlens_k.diff().long()
@@ -113,7 +117,8 @@ class Plan:
         seq = torch.searchsorted(cu_seqlens_q[1:].long(), row, right=True)
         orphan = seq >= num_seqs
         seq = seq.clamp(max=num_seqs - 1)
-        q_pos = k_start[seq] + row - q_start[seq] + k_len[seq] - q_len[seq]
+        if q_pos is None:
+            q_pos = k_start[seq] + row - q_start[seq] + k_len[seq] - q_len[seq]
         k_range = torch.stack([k_start[seq], k_start[seq] + k_len[seq]], dim=1).masked_fill(orphan[:, None], 0)
         return cls._with_bounds("varlen", num_q, num_k, block_q, left, right, tiles, q_pos.int(), k_range.int())
 

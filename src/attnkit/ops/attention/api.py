@@ -109,6 +109,8 @@ def query_sparse_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     key_bias: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
     return_lse: bool = False,
     out_dtype: torch.dtype | None = None,
     deterministic: bool | None = None,
@@ -120,16 +122,19 @@ def query_sparse_attention(
     Equal to those rows of `attention(..., causal=True)` over all queries.
 
     Args:
-        q: [B, T, H, D], the selected rows.
-        k: [B, S, Hkv, D], every key.
-        v: [B, S, Hkv, Dv].
-        q_pos: [T] or [B, T] int32 or int64, in 0..S-1, in any order; sorted positions walk over fewer keys.
+        q: [B, T, H, D], the selected rows; packed [R, H, D].
+        k: [B, S, Hkv, D], every key; packed [S, Hkv, D].
+        v: [B, S, Hkv, Dv]; packed [S, Hkv, Dv].
+        q_pos: [T] or [B, T] int32 or int64, in 0..S-1, in any order; sorted positions walk over fewer keys. Packed [R]: rows
+            of k, rising within each sequence (checked on the CPU); a row that stands before its sequence's first key, -1
+            at the earliest, sees nothing.
+        cu_seqlens_q, cu_seqlens_k: [N + 1] int32 boundaries of packed sequences, as in `attention`.
         scale, window_size, softcap, sinks, key_bias, return_lse, out_dtype, deterministic, stable, backend: as in `attention`;
             the right side of a window is 0 at most, since the rows are causal.
     Returns:
-        out [B, T, H, Dv], and lse [B, T, H] with return_lse.
+        out [B, T, H, Dv], and lse [B, T, H] with return_lse; packed without B.
     Raises:
-        The same as `attention`, and OptionError for positions outside the keys (checked on the CPU).
+        The same as `attention`, and OptionError for positions outside the keys or unsorted (checked on the CPU).
     Source: query-sparse, key-dense attention of Delta Attention (arXiv:2505.11254, section 3).
     """
     call = prepare(
@@ -142,6 +147,8 @@ def query_sparse_attention(
         softcap=softcap,
         sinks=sinks,
         key_bias=key_bias,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
         q_pos=q_pos,
         return_lse=return_lse,
         out_dtype=out_dtype,

@@ -82,7 +82,7 @@ def prepare(
     if stable not in STABLE:
         check_choice("stable", stable, STABLE)
     if q_pos is not None:
-        _check_positions(q_pos, q, num_k)
+        _check_positions(q_pos, q, num_k, cu_seqlens_q)
     out_dtype = out_dtype or q.dtype
     if out_dtype not in (q.dtype, accumulator_dtype(q.dtype)):
         raise OptionError(f"out_dtype={out_dtype} is not allowed; choose {q.dtype} or {accumulator_dtype(q.dtype)}")
@@ -186,12 +186,21 @@ def _check_key_bias(key_bias: Tensor, q: Tensor, k: Tensor, keys: str) -> None:
     _check_side("key_bias", key_bias, q)
 
 
-def _check_positions(q_pos: Tensor, q: Tensor, num_k: int) -> None:
+def _check_positions(q_pos: Tensor, q: Tensor, num_k: int, cu_seqlens_q: Tensor | None) -> None:
     check_dtype("q_pos", q_pos, torch.int32, torch.int64)
-    dims(q=(q, "B T H D"), q_pos=(q_pos, "B T" if q_pos.dim() > 1 else "T"))
+    if cu_seqlens_q is not None:
+        dims(q=(q, "R H D"), q_pos=(q_pos, "R"))
+    else:
+        dims(q=(q, "B T H D"), q_pos=(q_pos, "B T" if q_pos.dim() > 1 else "T"))
     if q_pos.device != q.device:
         raise OptionError(f"q_pos is on {q_pos.device} but q is on {q.device}; move one of them")
     if q_pos.device.type == "cpu" and not torch.compiler.is_compiling() and q_pos.numel():
-        low, high = int(q_pos.min()), int(q_pos.max())
-        if low < 0 or high >= num_k:
-            raise OptionError(f"q_pos ranges over {low}..{high}; positions must lie in 0..{num_k - 1}, the keys")
+        low, high, lowest = int(q_pos.min()), int(q_pos.max()), 0 if cu_seqlens_q is None else -1
+        if low < lowest or high >= num_k:
+            raise OptionError(f"q_pos ranges over {low}..{high}; positions must lie in {lowest}..{num_k - 1}, the keys")
+        if cu_seqlens_q is not None:
+            falls = q_pos[1:] < q_pos[:-1]
+            falls[cu_seqlens_q[1:-1][(cu_seqlens_q[1:-1] > 0) & (cu_seqlens_q[1:-1] < q_pos.numel())].long() - 1] = False
+            if falls.any():
+                row = int(falls.int().argmax()) + 1
+                raise OptionError(f"q_pos falls at row {row}, inside a sequence; sort the rows of each sequence by position")

@@ -261,10 +261,25 @@ def _positions(batched: bool, **options: Any) -> Make:
     return make
 
 
+def _packed_positions(lengths_q: list[int], lengths_k: list[int], **options: Any) -> Make:
+    def make(generator: torch.Generator) -> dict[str, Any]:
+        inputs = _packed(lengths_q, lengths_k, **options)(generator)
+        starts = inputs["cu_seqlens_k"].tolist()
+        parts = [  # from one before the first key to the last
+            torch.randint(start - 1, start + keys, (rows,), generator=generator).sort().values
+            for rows, keys, start in zip(lengths_q, lengths_k, starts, strict=False)
+        ]
+        return inputs | {"q_pos": torch.cat(parts).clamp(min=-1).int()}
+
+    return make
+
+
 SPARSE_CASES = (
     Case("sorted positions", _positions(False), QKV),
     Case("positions by batch element, in any order", _positions(True), QKV),
     Case("with a window", _positions(True, window_size=(50, 0)), QKV),
     Case("softcap", _positions(False, softcap=3.0), QKV),
     Case("no lse", _positions(False, return_lse=False), QKV),
+    Case("packed, sorted positions", _packed_positions([70, 0, 9, 130], [150, 5, 0, 64], heads=(4, 2)), QKV),
+    Case("packed, one head, a window", _packed_positions([65, 33], [40, 150], heads=(1, 1), window_size=(20, 0)), QKV),
 )

@@ -61,7 +61,8 @@ class Problem:
     ) -> "Problem":
         """A problem from the arguments of a registered operator, with the plan that they ask for."""
         if cu_seqlens_q is not None and cu_seqlens_k is not None:
-            plan = Plan.varlen(cu_seqlens_q, cu_seqlens_k, q.shape[1], k.shape[1], left, right, block_q=block_q)
+            sizes = (q.shape[1], k.shape[1])
+            plan = Plan.varlen(cu_seqlens_q, cu_seqlens_k, *sizes, left, right, q_pos=q_pos, block_q=block_q)
         elif q_pos is not None:
             plan = Plan.rows(q_pos, k.shape[1], left, right, block_q=block_q)
         else:

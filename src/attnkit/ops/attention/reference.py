@@ -72,10 +72,10 @@ def _seen(call: CoreCall) -> Tensor:
         for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
             pos[q0:q1] = torch.arange(q1 - q0) + k1 - (q1 - q0)
             same[q0:q1, k0:k1] = True
-    elif call.q_pos is not None:
-        pos = call.q_pos.cpu().long()
     else:
         pos = torch.arange(num_q) + num_k - num_q
+    if call.q_pos is not None:
+        pos = call.q_pos.cpu().long()
     offset = key - pos[..., None]
     if call.left >= 0:
         same = same & (offset >= -call.left)

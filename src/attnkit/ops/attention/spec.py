@@ -107,7 +107,7 @@ SPECS = (
         sites=SITES,
         row_scale=_sparse_row_scale,
         invariances=(shifted(("sorted positions",)),),
-        capabilities=CAPABILITIES | {"packed": "no: give one sequence a batch element"},
+        capabilities=CAPABILITIES | {"packed": "yes; positions rise within a sequence"},
         refusals=(*REFUSALS, Refusal("positions outside the keys", "a row must stand on a key")),
     ),
 )

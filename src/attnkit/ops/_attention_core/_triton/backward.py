@@ -13,7 +13,7 @@ from attnkit.ops._attention_core._triton.steps import (
     seen,
     softcap_slope,
 )
-from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place, query_bounds, rows_near
+from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place, query_bounds, rows_behind, rows_near
 
 __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 
@@ -184,7 +184,7 @@ def _walk_rows(
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
         if MASKED:
-            if ROWS == "positions":
+            if ROWS == "positions" or ROWS == "indexed":
                 o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
             else:
                 o_pos = first + o_m + shift
@@ -222,7 +222,7 @@ def bwd_dkdv(
     i_b = pid // (num_tiles * kv_heads)
     # keys are the rows here: the sequences of keys lead, those of queries are the counterpart
     first, end, q_start, q_end = locate(
-        tile, cu_k, cu_q, num_seqs, num_k, num_q, BLOCK_N, "packed" if ROWS == "packed" else "dense"
+        tile, cu_k, cu_q, num_seqs, num_k, num_q, BLOCK_N, "dense" if ROWS == "positions" else ROWS
     )
     if first >= end:
         return
@@ -234,6 +234,8 @@ def bwd_dkdv(
     if ROWS == "positions":
         lo, hi = rows_near(q_pos + i_b * stride_pb, num_q, first, last, left, right, WINDOW)
         full_lo, full_hi = hi, hi
+    elif ROWS == "indexed":
+        lo, full_lo, full_hi, hi = rows_behind(q_pos, first, last, q_start, q_end, left, right, WINDOW)
     else:
         lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
     i_b, kv_head, row = i_b.to(tl.int64), kv_head.to(tl.int64), first.to(tl.int64)

@@ -85,7 +85,10 @@ class Launch:
 
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **flags: Any) -> None:
         """Run one of the kernels that walk over tiles, with the compile-time options that they share and `flags`."""
-        rows = "packed" if self.cu_q is not None else "positions" if self.q_pos is not None else "dense"
+        if self.q_pos is None:
+            rows = "dense" if self.cu_q is None else "packed"
+        else:
+            rows = "positions" if self.cu_q is None else "indexed"
         shared = {
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -1,29 +1,39 @@
 """Device functions: which rows a tile holds, where they stand, and which keys (or queries) it walks over.
 
-The same rules as `Plan`, in closed form, so that a launch needs no tables and no host work. Three kinds of rows (`ROWS`):
+The same rules as `Plan`, in closed form, so that a launch needs no tables and no host work. Four kinds of rows (`ROWS`):
 
     "dense"      tile t of batch element b holds rows t * BLOCK ...; row i stands on key i + S - T.
     "packed"     tiles never cross sequences. Sequence s starts at tile cu[s] // BLOCK + s, which leaves it room for
                  ceil(length / BLOCK) tiles whatever the lengths are; tiles beyond its rows do nothing. Rows behind the last
                  boundary form one more sequence without a counterpart.
     "positions"  dense tiles whose rows stand on given keys, in any order.
+    "indexed"    packed tiles whose rows stand on given keys, rising within a sequence. A row that stands before its
+                 sequence's first key sees nothing.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["cut", "key_bounds", "locate", "place", "query_bounds", "rows_near"]
+__all__ = ["cut", "key_bounds", "locate", "place", "query_bounds", "rows_behind", "rows_near"]
 
 
 @triton.jit
-def _find_sequence(tile, cu, num_seqs, BLOCK: tl.constexpr):
-    """The sequence of a packed tile: how many of them start at or before it, less one."""
-    started = 0
-    for first in range(0, num_seqs + 1, 128):
-        i_seq = first + tl.arange(0, 128)
-        start = tl.load(cu + i_seq, mask=i_seq <= num_seqs, other=1 << 30)
-        started += tl.sum((start // BLOCK + i_seq <= tile).to(tl.int32))
-    return started - 1
+def _search(values, lo, hi, bound, BLOCK: tl.constexpr):
+    """The first i in [lo, hi) with values[i] >= bound, hi if there is none; a step leaves one part of 128.
+
+    With BLOCK, values are boundaries of sequences and what is compared is the first tile of each.
+    """
+    lo, hi = tl.cast(lo, tl.int32), tl.cast(hi, tl.int32)  # a 0 or 1 comes as a constant, which a loop cannot change
+    while lo < hi:
+        step = tl.cdiv(hi - lo, 128)
+        i = lo + step * tl.arange(0, 128)
+        value = tl.load(values + i, mask=i < hi, other=0)
+        if BLOCK:
+            value = value // BLOCK + i
+        below = tl.sum(((i < hi) & (value < bound)).to(tl.int32))
+        hi = tl.minimum(hi, lo + below * step)
+        lo += tl.maximum((below - 1) * step + 1, 0)
+    return lo
 
 
 @triton.jit
@@ -32,8 +42,8 @@ def locate(tile, cu, cu_other, num_seqs, length, length_other, BLOCK: tl.constex
 
     A tile whose first row is not below the end holds nothing.
     """
-    if ROWS == "packed":
-        i_seq = _find_sequence(tile, cu, num_seqs, BLOCK)
+    if ROWS == "packed" or ROWS == "indexed":
+        i_seq = _search(cu, 0, num_seqs + 1, tile + 1, BLOCK) - 1
         extra = i_seq == num_seqs  # rows behind the last boundary
         begin = tl.load(cu + i_seq)
         end = tl.load(cu + i_seq + 1, mask=i_seq < num_seqs, other=0)
@@ -75,7 +85,7 @@ def query_bounds(low, high, start, end, shift, left, right, WINDOW: tl.constexpr
 @triton.jit
 def place(q_pos, offset, first, end, shift, o_row, m_row, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """The key rows that the rows first + o_row stand on, and the lowest and highest of those that m_row keeps."""
-    if ROWS == "positions":
+    if ROWS == "positions" or ROWS == "indexed":
         o_pos = tl.load(q_pos + offset + first + o_row, mask=m_row, other=0)
         low = tl.min(tl.where(m_row, o_pos, 1 << 30))
         high = tl.max(tl.where(m_row, o_pos, -(1 << 30)))
@@ -93,6 +103,19 @@ def cut(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     if WINDOW:
         head_end = lo + tl.cdiv(full_lo - lo, BLOCK) * BLOCK
     return head_end, head_end + tl.maximum(full_hi - head_end, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def rows_behind(q_pos, low, high, start, end, left, right, WINDOW: tl.constexpr):
+    """`query_bounds` for rows start..end that stand on rising positions."""
+    lo = _search(q_pos, start, end, low - right, 0)
+    full_lo = _search(q_pos, lo, end, high - right, 0)
+    hi = end
+    full_hi = end
+    if WINDOW:
+        hi = _search(q_pos, lo, end, high + left + 1, 0)
+        full_hi = _search(q_pos, lo, hi, low + left + 1, 0)
+    return lo, full_lo, full_hi, hi
 
 
 @triton.jit
