@@ -55,4 +55,5 @@ class SpectralNorms:
         for _ in range(count):
             right = torch.nn.functional.normalize(weights.mT @ (weights @ right), dim=1)
         self._right |= dict(zip(names, right[..., 0].unbind(), strict=True))
-        return torch.linalg.vector_norm(weights @ right, dim=(1, 2))
+        norms: Tensor = torch.linalg.vector_norm(weights @ right, dim=(1, 2))
+        return norms
