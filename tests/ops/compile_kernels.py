@@ -15,13 +15,20 @@ from attnkit.ops._attention_core._triton import backward, forward
 # what a pointer of this name points to; "input" stands for the type of q
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"),
-    **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"), "fp32"),
+    **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum", "alphas"), "fp32"),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos"), "i32"),
 }
-NEEDS = {"sinks": "BIAS", "rest": "BIAS", "key_bias": "BIAS", "d_bias": "BIAS"}  # pointers that are absent unless a flag is set
+NEEDS = {
+    "sinks": "BIAS",
+    "alphas": "BIAS",
+    "rest": "BIAS",
+    "key_bias": "BIAS",
+    "d_bias": "BIAS",
+}  # pointers that are absent unless a flag is set
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
+    "ENTMAX": False,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -31,6 +38,8 @@ SMALL = PLAIN | {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_DV": 16}
 VARIANTS = (
     ("bf16", PLAIN),
     ("bf16", PLAIN | {"NORM": "consistent"}),
+    ("bf16", PLAIN | {"NORM": "entmax15", "ENTMAX": True}),
+    ("fp16", PLAIN | {"NORM": "sparsemax", "ROWS": "packed", "WINDOW": True}),
     ("fp16", EVERYTHING | {"ROWS": "packed"}),
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
 )

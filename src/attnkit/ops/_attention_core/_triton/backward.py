@@ -8,6 +8,7 @@ from attnkit._core.triton.maths import LOG2E
 from attnkit.ops._attention_core._triton.steps import (
     load_bias,
     load_tile,
+    norm_factor,
     score_gradient,
     scores,
     seen,
@@ -22,12 +23,13 @@ __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 def bwd_prep(
     out, rest, d_out, lse, d_lse, lse2, delta,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
-    num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, ENTMAX: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
 
     `rest` (or None) is what rounding took from `out`, in its strides; without `out` delta is -d_lse alone. Rows that saw
-    nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H], `d_lse` may be None.
+    nothing get lse2 = +inf: their probabilities come out as 0. ENTMAX: lse is tau and stays, and out
+    is sum(u V) / sum(u). `lse` is contiguous [B, T, H], `d_lse` may be None.
     Grid: (tiles * H * B,).
     """
     pid = tl.program_id(0)
@@ -51,16 +53,18 @@ def bwd_prep(
         b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
         b_delta -= b_d_lse.to(tl.float32)
     tl.store(delta + p_row, b_delta, mask=m_row)
-    tl.store(lse2 + p_row, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_row)
+    if not ENTMAX:
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+    tl.store(lse2 + p_row, b_lse, mask=m_row)
 
 
 @triton.jit
 def _walk_keys(
     start, stop, limit, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-    scale, left, right, softcap, width, width_v,
+    scale, factor, left, right, softcap, width, width_v,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys start, start + BLOCK_N ... below stop contribute to d_q / scale, or with DELTA to sum(p * dp)."""
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -75,16 +79,16 @@ def _walk_keys(
             shown = (b_bias > float("-inf"))[:, None]
             b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
         s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
+        t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
         if MASKED:
             see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
             t = tl.where(see, t, float("-inf"))
         dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
         if DELTA:
-            _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0)
+            _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0, factor, NORM)
             acc += tl.sum(p_dp, 1)
         else:
-            _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None])
+            _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None], factor, NORM)
             if SOFTCAP:
                 ds = ds * softcap_slope(s, scale, softcap)
             acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
@@ -93,13 +97,13 @@ def _walk_keys(
 
 @triton.jit
 def bwd_dq(
-    q, k, v, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q,
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head; with DELTA their sum(p * dp), added to delta.
 
@@ -117,6 +121,7 @@ def bwd_dq(
     o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
     lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
 
+    factor = norm_factor(alphas, head, NORM)
     kv_head = (head // kv_group).to(tl.int64)
     i_b, head, row = i_b.to(tl.int64), head.to(tl.int64), first.to(tl.int64)
     b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_m, stride_qt, o_d, m_row, width, True, EVEN)
@@ -138,18 +143,18 @@ def bwd_dq(
     if WINDOW:
         acc = _walk_keys(
             lo, tl.minimum(head_end, hi), hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-            stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
+            stride_ks, stride_vs, stride_bs, scale, factor, left, right, softcap, width, width_v,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
         )  # fmt: skip
     acc = _walk_keys(
         head_end, body_end, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-        stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
+        stride_ks, stride_vs, stride_bs, scale, factor, left, right, softcap, width, width_v,
+        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     acc = _walk_keys(
         body_end, hi, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-        stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
+        stride_ks, stride_vs, stride_bs, scale, factor, left, right, softcap, width, width_v,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     if DELTA:
         tl.store(delta + p_row, b_delta + acc, mask=m_row)
@@ -164,10 +169,10 @@ def bwd_dq(
 @triton.jit
 def _walk_rows(
     start, stop, end, b_k, b_v, b_bias, m_key, o_key, shift, d_k, d_v, d_bias,
-    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt, scale, left, right, softcap, width, width_v,
+    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt, scale, factor, left, right, softcap, width, width_v,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add what the rows start, start + BLOCK_M ... below stop contribute to d_k / scale, d_v and the bias's gradient.
 
@@ -182,7 +187,7 @@ def _walk_rows(
         b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
         b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
         s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
+        t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
         if MASKED:
             if ROWS == "positions":
                 o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
@@ -191,7 +196,7 @@ def _walk_rows(
             see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
             t = tl.where(see, t, float("-inf"))
         dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
-        p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :])
+        p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :], factor, NORM)
         d_v = tl.dot(p.to(b_d_out.dtype), b_d_out, d_v, input_precision=PRECISION)
         if BIAS:
             d_bias += tl.sum(ds, 1)
@@ -203,13 +208,13 @@ def _walk_rows(
 
 @triton.jit
 def bwd_dkdv(
-    q, k, v, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     batch, num_q, num_k, heads, kv_heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_k, d_v and d_bias of one tile of keys of one key head, over some of the query heads that share it.
 
@@ -257,27 +262,28 @@ def bwd_dkdv(
     if not WINDOW:
         body_end = hi  # rows behind the end load as zeros with probability 0
     for i_h in range(0, per_part):
+        factor = norm_factor(alphas, head + i_h, NORM)
         p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
         p_d_out = d_out + i_b * stride_gb + (head + i_h) * stride_gh
         p_row = (i_b * heads + head + i_h) * num_q
         acc_k, acc_v, acc_b = _walk_rows(
             lo, tl.minimum(head_end, hi), hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
             p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-            scale, left, right, softcap, width, width_v,
-            BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+            scale, factor, left, right, softcap, width, width_v,
+            BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         acc_k, acc_v, acc_b = _walk_rows(
             head_end, body_end, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
             p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-            scale, left, right, softcap, width, width_v,
-            BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+            scale, factor, left, right, softcap, width, width_v,
+            BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         if WINDOW:
             acc_k, acc_v, acc_b = _walk_rows(
                 body_end, hi, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
                 p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-                scale, left, right, softcap, width, width_v,
-                BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+                scale, factor, left, right, softcap, width, width_v,
+                BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
             )  # fmt: skip
 
     p_key = ((part * batch + i_b) * num_k + row) * kv_heads + kv_head + o_n * kv_heads
