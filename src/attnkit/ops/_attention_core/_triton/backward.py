@@ -59,48 +59,73 @@ def bwd_prep(
 
 
 @triton.jit
-def _walk_keys(
-    start, stop, limit, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-    scale, factor, left, right, softcap, width, width_v,
+def _visit_keys(
+    first, limit, rows, o_pos, acc, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys start, start + BLOCK_N ... below stop contribute to d_q / scale, or with DELTA to sum(p * dp)."""
+    """Add what the keys first .. first + BLOCK_N contribute to d_q / scale, or with DELTA to sum(p * dp)."""
+    b_q, b_d_out, b_lse2, b_delta = rows
+    k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
+    scale, factor, left, right, softcap, width, width_v = rules
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first in tl.range(start, stop, BLOCK_N):
-        m_key = first + o_n < limit
-        step = tl.cast(first, tl.int64)
-        b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
-        b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
-        b_bias = None
-        if BIAS:
-            b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
-            shown = (b_bias > float("-inf"))[:, None]
-            b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
-        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
-        if MASKED:
-            see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
-            t = tl.where(see, t, float("-inf"))
-        dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
-        if DELTA:
-            _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0, factor, NORM)
-            acc += tl.sum(p_dp, 1)
-        else:
-            _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None], factor, NORM)
-            if SOFTCAP:
-                ds = ds * softcap_slope(s, scale, softcap)
-            acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    m_key = first + o_n < limit
+    step = tl.cast(first, tl.int64)
+    b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
+    b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
+    b_bias = None
+    if BIAS:
+        b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+        shown = (b_bias > float("-inf"))[:, None]
+        b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
+    s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
+    if MASKED:
+        see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
+        t = tl.where(see, t, float("-inf"))
+    dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
+    if DELTA:
+        _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0, factor, NORM)
+        acc += tl.sum(p_dp, 1)
+    else:
+        _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None], factor, NORM)
+        if SOFTCAP:
+            ds = ds * softcap_slope(s, scale, softcap)
+        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _walk_keys(
+    start, stop, limit, tiles, rows, o_pos, acc, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The keys start, start + BLOCK_N ... below stop, or those of them that are on the forward pass's list, if there is one."""
+    if tiles is None:
+        for first in tl.range(start, stop, BLOCK_N):
+            acc = _visit_keys(
+                first, limit, rows, o_pos, acc, keys, rules,
+                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+            )  # fmt: skip
+    else:
+        for i in tl.range(0, tl.load(tiles - 1)):
+            acc = _visit_keys(
+                tl.load(tiles + i), limit, rows, o_pos, acc, keys, rules,
+                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+            )  # fmt: skip
     return acc
 
 
 @triton.jit
 def bwd_dq(
-    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q,
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    stride_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -121,7 +146,6 @@ def bwd_dq(
     o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
     lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
 
-    factor = norm_factor(alphas, head, NORM)
     kv_head = (head // kv_group).to(tl.int64)
     i_b, head, row = i_b.to(tl.int64), head.to(tl.int64), first.to(tl.int64)
     b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_m, stride_qt, o_d, m_row, width, True, EVEN)
@@ -140,20 +164,22 @@ def bwd_dq(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
+    rows = (b_q, b_d_out, b_lse2, b_delta)
+    keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
+    rules = (scale, norm_factor(alphas, head, NORM), left, right, softcap, width, width_v)
+    if tiles is not None:
+        tiles += pid.to(tl.int64) * stride_tiles + 1
     if WINDOW:
         acc = _walk_keys(
-            lo, tl.minimum(head_end, hi), hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-            stride_ks, stride_vs, stride_bs, scale, factor, left, right, softcap, width, width_v,
+            lo, tl.minimum(head_end, hi), hi, None, rows, o_pos, acc, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
         )  # fmt: skip
     acc = _walk_keys(
-        head_end, body_end, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-        stride_ks, stride_vs, stride_bs, scale, factor, left, right, softcap, width, width_v,
+        head_end, body_end, hi, tiles, rows, o_pos, acc, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     acc = _walk_keys(
-        body_end, hi, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-        stride_ks, stride_vs, stride_bs, scale, factor, left, right, softcap, width, width_v,
+        body_end, hi, hi, None, rows, o_pos, acc, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     if DELTA:

@@ -22,63 +22,113 @@ __all__ = ["combine", "fwd"]
 
 
 @triton.jit
-def _walk(
-    start, stop, limit, b_q, o_pos, a, b, c, acc, keys, rules,
+def _visit(
+    first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys start, start + BLOCK_N ... below stop; MASKED: some lie at `limit` or beyond, or some rows do not see some."""
+    """The keys first .. first + BLOCK_N; MASKED: some lie at `limit` or beyond, or some rows do not see some.
+
+    Returns the four values that a pass gathers, and whether a later pass of entmax has to come back.
+    """
     k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first in tl.range(start, stop, BLOCK_N):
-        m_key = first + o_n < limit
-        step = tl.cast(first, tl.int64)
-        b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
-        b_bias = None
+    m_key = first + o_n < limit
+    step = tl.cast(first, tl.int64)
+    b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
+    b_bias = None
+    if BIAS:
+        b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+        b_k = tl.where((b_bias > float("-inf"))[:, None], b_k, 0.0)
+    t = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    t, t_scale = scores(t, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
+    if MASKED:
+        see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
+        t = tl.where(see, t, float("-inf"))
+    b_v = None
+    if STEP == "softmax" or STEP == "out":
+        b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
         if BIAS:
-            b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
-            b_k = tl.where((b_bias > float("-inf"))[:, None], b_k, 0.0)
-        t = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        t, t_scale = scores(t, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
-        if MASKED:
-            see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
-            t = tl.where(see, t, float("-inf"))
-        b_v = None
-        if STEP == "softmax" or STEP == "out":
-            b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
-            if BIAS:
-                b_v = tl.where((b_bias > float("-inf"))[:, None], b_v, 0.0)  # 0 * NaN is NaN
-        if STEP == "softmax":
-            a, b, c, acc = softmax_step(t, t_scale, b_v, a, b, c, acc, MASKED or BIAS, NORM, PRECISION)
-        else:
-            a, b, c, acc = entmax_step(t * t_scale, b_v, a, b, c, acc, factor, STEP, NORM, PRECISION)
+            b_v = tl.where((b_bias > float("-inf"))[:, None], b_v, 0.0)  # 0 * NaN is NaN
+    live = True
+    if STEP == "softmax":
+        a, b, c, acc = softmax_step(t, t_scale, b_v, a, b, c, acc, MASKED or BIAS, NORM, PRECISION)
+    else:
+        a, b, c, acc, live = entmax_step(t * t_scale, b_v, a, b, c, acc, floor, factor, STEP, NORM, PRECISION)
+    return a, b, c, acc, live
+
+
+@triton.jit
+def _walk(
+    start, stop, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys start, start + BLOCK_N ... below stop."""
+    for first in tl.range(start, stop, BLOCK_N):
+        a, b, c, acc, _ = _visit(
+            first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
     return a, b, c, acc
 
 
 @triton.jit
+def _walk_live(
+    tiles, count, start, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it."""
+    kept = 0
+    for i in tl.range(0, count):
+        if STEP == "max":
+            first = start + i * BLOCK_N
+        else:
+            first = tl.load(tiles + i)
+        a, b, c, acc, live = _visit(
+            first, 0, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+        tl.store(tiles + kept, first, mask=live)
+        kept += live.to(tl.int32)
+    return a, b, c, acc, kept
+
+
+@triton.jit
 def _sweep(
-    span, b_q, o_pos, a, b, c, acc, keys, rules,
+    span, tiles, count, b_q, o_pos, a, b, c, acc, floor, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every key that the tile sees, once: those at the ends of the span behind a mask."""
+    """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one."""
     lo, head_end, body_end, hi = span
     if WINDOW:
         a, b, c, acc = _walk(
-            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, a, b, c, acc, keys, rules,
+            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
+    if tiles is None:
+        a, b, c, acc = _walk(
+            head_end, body_end, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+    else:
+        a, b, c, acc, count = _walk_live(
+            tiles, count, head_end, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # the next pass reads what this one has written
     a, b, c, acc = _walk(
-        head_end, body_end, hi, b_q, o_pos, a, b, c, acc, keys, rules,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
-    )  # fmt: skip
-    return _walk(
-        body_end, hi, hi, b_q, o_pos, a, b, c, acc, keys, rules,
+        body_end, hi, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
     )  # fmt: skip
+    return a, b, c, acc, count
 
 
 @triton.jit
@@ -94,8 +144,8 @@ def _softmax_rows(
         m = sink
         total = tl.where(sink > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m, total, rounded, acc = _sweep(
-        span, b_q, o_pos, m, total, total, acc, keys, rules,
+    m, total, rounded, acc, _ = _sweep(
+        span, None, 0, b_q, o_pos, m, total, total, acc, None, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "softmax", NORM, EVEN, PRECISION,
     )  # fmt: skip
     nothing = total == 0  # NaN is something
@@ -105,16 +155,20 @@ def _softmax_rows(
 
 @triton.jit
 def _entmax_rows(
-    span, b_q, o_pos, num_steps, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    span, tiles, b_q, o_pos, num_steps, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs."""
+    """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs.
+
+    `tiles` (or None) is where the list of the tiles of keys in the support goes, after their number.
+    """
     factor = rules[1]
     zeros = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    m, _, _, _ = _sweep(
-        span, b_q, o_pos, m, zeros, zeros, zeros, keys, rules,
+    count = (span[2] - span[1]) // BLOCK_N
+    m, _, _, _, count = _sweep(
+        span, tiles, count, b_q, o_pos, m, zeros, zeros, zeros, zeros, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "max", NORM, EVEN, PRECISION,
     )  # fmt: skip
     nothing = m == float("-inf")
@@ -122,16 +176,16 @@ def _entmax_rows(
     if NORM == "entmax":  # its first step is exact where all scores are equal, or one is far above the rest
         tau, low, high = m - 1, m - 1, m
     else:
-        _, _, _, counts = _sweep(
-            span, b_q, o_pos, m, zeros, zeros, tl.zeros([BLOCK_M, BLOCK_N], tl.int64), keys, rules,
+        _, _, _, counts, count = _sweep(
+            span, tiles, count, b_q, o_pos, m, zeros, zeros, tl.zeros([BLOCK_M, BLOCK_N], tl.int64), zeros, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "bins", NORM, EVEN, PRECISION,
         )  # fmt: skip
         tau, low, high = entmax_start(m, counts, NORM)
     off = 1.0
     step = 0
     while (off > TOLERANCE) & (step < num_steps):
-        _, p_sum, u_sum, support = _sweep(
-            span, b_q, o_pos, tau, zeros, zeros, zeros, keys, rules,
+        _, p_sum, u_sum, support, count = _sweep(
+            span, tiles, count, b_q, o_pos, tau, zeros, zeros, zeros, low, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
         )  # fmt: skip
         tau, low, high = entmax_refine(tau, low, high, p_sum, u_sum, support, factor, NORM)
@@ -139,20 +193,22 @@ def _entmax_rows(
         step += 1
     tau = tl.where(nothing, float("inf"), tau)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    _, u_sum, other, acc = _sweep(
-        span, b_q, o_pos, tau, zeros, acc, acc, keys, rules,
+    _, u_sum, other, acc, count = _sweep(
+        span, tiles, count, b_q, o_pos, tau, zeros, acc, acc, tau, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "out", NORM, EVEN, PRECISION,
     )  # fmt: skip
+    if tiles is not None:
+        tl.store(tiles - 1, count)
     return acc, tau, other / tl.maximum(u_sum, 1e-30)[:, None]
 
 
 @triton.jit
 def fwd(
-    q, k, v, sinks, alphas, key_bias, cu_q, cu_k, q_pos, out, rest, lse,
+    q, k, v, sinks, alphas, key_bias, cu_q, cu_k, q_pos, out, rest, lse, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
-    num_steps,
+    num_steps, stride_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -201,8 +257,10 @@ def fwd(
     rules = (scale, norm_factor(alphas, head, NORM), left, right, softcap, width, width_v)
     ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
     if ENTMAX:
+        if tiles is not None:
+            tiles += pid.to(tl.int64) * stride_tiles + 1
         acc, m, other = _entmax_rows(
-            span, b_q, o_pos, num_steps, keys, rules,
+            span, tiles, b_q, o_pos, num_steps, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
     else:

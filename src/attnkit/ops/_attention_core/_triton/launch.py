@@ -52,6 +52,7 @@ class Launch:
     norm: str = "softmax"  # or "entmax15", "sparsemax", "entmax" with a learned alpha of each head
     alphas: Tensor | None = None  # [H]
     num_steps: int = 12  # of the search for tau, at most
+    tiles: Tensor | None = None  # [programs, 1 + tiles of keys] int32, the support of each tile of rows as the forward found it
 
     def __post_init__(self) -> None:
         if self.scale < 0:  # kernels take the maximum of raw products, which a negative factor would turn round
@@ -135,10 +136,14 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
     rest = out.new_empty(out.shape[1:], dtype=out_dtype) if keeps else None
     if lse.numel() == 0:
         return out[0], lse.new_empty(shape[1:]), rest
+    p.tiles = None
+    if p.norm != "softmax" and not packs and p.left < 0 and p.cu_q is None and p.q_pos is None:
+        p.tiles = p.q.new_empty(programs, 1 + _cdiv(p.num_k, config.block_n), dtype=torch.int32)
     arguments = (
         p.q, p.k, p.v, p.sinks, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse,
-        *p.strides(),
+        p.tiles, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.num_steps,
+        0 if p.tiles is None else p.tiles.stride(0),
     )  # fmt: skip
     norm = _NORMS[p.stable] if p.norm == "softmax" else p.norm
     flags = {"GROUP": group, "NORM": norm, "SPLIT": parts > 1}
@@ -219,13 +224,14 @@ def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> T
 
 
 def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None) -> None:
-    config = p.config("bwd_dq")
+    config = p.config("bwd_dq" if p.tiles is None else "fwd")  # the list is of the forward pass's tiles
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
         arguments = (
-            p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
+            p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q, p.tiles,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            0 if p.tiles is None else p.tiles.stride(0),
         )  # fmt: skip
         p.launch(kb.bwd_dq, (tiles * p.heads * p.batch,), arguments, config, DELTA=d_q is None)
 

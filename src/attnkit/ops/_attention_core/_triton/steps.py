@@ -149,21 +149,28 @@ def entmax_pair(z, tau, factor, NORM: tl.constexpr):
 
 
 @triton.jit
-def entmax_step(z, v, a, b, c, acc, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
+def entmax_step(z, v, a, b, c, acc, floor, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
     """Take a tile of scores [rows, keys] into what a pass of entmax gathers:
 
     "max"   a: the maximum.
     "bins"  a: the maximum, given; acc: counts by BINS equal parts of what lies less than 1 below it, 16 bits each.
     "sums"  a: tau, given; b, c, acc: sums of p, of u and of the support.
     "out"   a: tau, given; b: sums of u; c and acc: sums of u V and of p V.
+
+    Also whether the tile may hold something of the support: a score less than 1 below the maximum so far, or above `floor`, a
+    lower bound of tau (tau itself in the last pass).
     """
     if STEP == "max":
-        a = tl.maximum(a, tl.max(z, 1))
+        top = tl.max(z, 1)
+        a = tl.maximum(a, top)
+        live = tl.max((top > a - 1).to(tl.int32), 0) > 0
     elif STEP == "bins":
         place = (z - a[:, None] + 1.0) * BINS
         shift = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(acc.dtype) * BITS
         acc += tl.where(place >= 0, 1 << shift, 0)
+        live = tl.max(tl.max(place, 1), 0) >= 0
     else:
+        live = tl.max(tl.max(z - floor[:, None], 1), 0) > 0
         p, u = entmax_pair(z, a[:, None], factor, NORM)
         b += tl.sum(u if STEP == "out" else p, 1)
         if STEP == "sums":
@@ -172,7 +179,7 @@ def entmax_step(z, v, a, b, c, acc, factor, STEP: tl.constexpr, NORM: tl.constex
         else:
             c = tl.dot(u.to(v.dtype), v, c, input_precision=PRECISION)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return a, b, c, acc
+    return a, b, c, acc, live
 
 
 @triton.jit
