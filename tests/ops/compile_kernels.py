@@ -16,7 +16,7 @@ from attnkit.ops._attention_core._triton import backward, forward
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"),
     **dict.fromkeys(("sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum", "alphas"), "fp32"),
-    **dict.fromkeys(("cu_q", "cu_k", "q_pos", "tiles"), "i32"),
+    **dict.fromkeys(("cu_q", "cu_k", "q_pos", "tiles", "live"), "i32"),
 }
 NEEDS = {
     "sinks": "BIAS",
@@ -50,7 +50,7 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     signature, constants = {}, {}
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags[NEEDS[name]]
-        absent |= name == "tiles" and flags["NORM"] != "entmax15"
+        absent |= name in ("tiles", "live") and flags["NORM"] != "entmax15"
         absent |= (name in ("cu_q", "cu_k") and flags["ROWS"] != "packed") or (name == "q_pos" and flags["ROWS"] != "positions")
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)

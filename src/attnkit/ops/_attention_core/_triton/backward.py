@@ -14,7 +14,7 @@ from attnkit.ops._attention_core._triton.steps import (
     seen,
     softcap_slope,
 )
-from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place, query_bounds, rows_near
+from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, live_rows, locate, place, query_bounds, rows_near
 
 __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 
@@ -193,51 +193,76 @@ def bwd_dq(
 
 
 @triton.jit
-def _walk_rows(
-    start, stop, end, b_k, b_v, b_bias, m_key, o_key, shift, d_k, d_v, d_bias,
-    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt, scale, factor, left, right, softcap, width, width_v,
+def _visit_rows(
+    first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows start, start + BLOCK_M ... below stop contribute to d_k / scale, d_v and the bias's gradient.
+    """Add what the rows first .. first + BLOCK_M contribute to d_k / scale, d_v and the bias's gradient.
 
     Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys.
     """
+    b_k, b_v, b_bias, m_key = keys
+    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt = rows
+    scale, factor, left, right, softcap, width, width_v = rules
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first in tl.range(start, stop, BLOCK_M):
-        m_row = first + o_m < end
-        step = tl.cast(first, tl.int64)
-        b_q = load_tile(q + step * stride_qt, o_m, stride_qt, o_d, m_row, width, True, EVEN)
-        b_d_out = load_tile(d_out + step * stride_gt, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN)
-        b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
-        b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
-        s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
-        if MASKED:
-            if ROWS == "positions":
-                o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
-            else:
-                o_pos = first + o_m + shift
-            see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
-            t = tl.where(see, t, float("-inf"))
-        dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
-        p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :], factor, NORM)
-        d_v = tl.dot(p.to(b_d_out.dtype), b_d_out, d_v, input_precision=PRECISION)
-        if BIAS:
-            d_bias += tl.sum(ds, 1)
-        if SOFTCAP:
-            ds = ds * softcap_slope(s, scale, softcap)
-        d_k = tl.dot(ds.to(b_q.dtype), b_q, d_k, input_precision=PRECISION)
+    m_row = first + o_m < end
+    step = tl.cast(first, tl.int64)
+    b_q = load_tile(q + step * stride_qt, o_m, stride_qt, o_d, m_row, width, True, EVEN)
+    b_d_out = load_tile(d_out + step * stride_gt, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN)
+    b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
+    b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
+    s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
+    if MASKED:
+        if ROWS == "positions":
+            o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
+        else:
+            o_pos = first + o_m + shift
+        see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
+        t = tl.where(see, t, float("-inf"))
+    dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
+    p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :], factor, NORM)
+    d_v = tl.dot(p.to(b_d_out.dtype), b_d_out, d_v, input_precision=PRECISION)
+    if BIAS:
+        d_bias += tl.sum(ds, 1)
+    if SOFTCAP:
+        ds = ds * softcap_slope(s, scale, softcap)
+    d_k = tl.dot(ds.to(b_q.dtype), b_q, d_k, input_precision=PRECISION)
+    return d_k, d_v, d_bias
+
+
+@triton.jit
+def _walk_rows(
+    start, stop, end, live, count, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows start, start + BLOCK_M ... below stop, or the `count` of them that are on the list `live`, if there is one."""
+    if live is None:
+        for first in tl.range(start, stop, BLOCK_M):
+            d_k, d_v, d_bias = _visit_rows(
+                first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+                BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+    else:
+        for i in tl.range(0, count):
+            d_k, d_v, d_bias = _visit_rows(
+                tl.load(live + i), end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+                BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
     return d_k, d_v, d_bias
 
 
 @triton.jit
 def bwd_dkdv(
-    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias, tiles, live,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     batch, num_q, num_k, heads, kv_heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    stride_tiles, stride_live,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -287,28 +312,35 @@ def bwd_dkdv(
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_M, True)
     if not WINDOW:
         body_end = hi  # rows behind the end load as zeros with probability 0
+    if live is not None:
+        live += (part * tl.num_programs(0) + pid).to(tl.int64) * stride_live
+    count = 0
+    keys = (b_k, b_v, b_bias if BIAS else m_key, m_key)  # without BIAS the third is not looked at
     for i_h in range(0, per_part):
-        factor = norm_factor(alphas, head + i_h, NORM)
+        p_row = (i_b * heads + head + i_h) * num_q
         p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
         p_d_out = d_out + i_b * stride_gb + (head + i_h) * stride_gh
-        p_row = (i_b * heads + head + i_h) * num_q
+        rows = (p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt)
+        rules = (scale, norm_factor(alphas, head + i_h, NORM), left, right, softcap, width, width_v)
+        if tiles is not None:
+            row_tiles = tl.cdiv(num_q, BLOCK_M)
+            lists = tiles + (i_b * heads + head + i_h) * row_tiles * stride_tiles
+            tl.debug_barrier()  # nobody still reads the list of the last head
+            count = live_rows(
+                lists, stride_tiles, row_tiles, live, head_end, body_end, first, shift, right, num_k, BLOCK_M, BLOCK_N
+            )
+            tl.debug_barrier()
         acc_k, acc_v, acc_b = _walk_rows(
-            lo, tl.minimum(head_end, hi), hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
-            p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-            scale, factor, left, right, softcap, width, width_v,
+            lo, tl.minimum(head_end, hi), hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
             BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         acc_k, acc_v, acc_b = _walk_rows(
-            head_end, body_end, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
-            p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-            scale, factor, left, right, softcap, width, width_v,
+            head_end, body_end, hi, live, count, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
             BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         if WINDOW:
             acc_k, acc_v, acc_b = _walk_rows(
-                body_end, hi, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
-                p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-                scale, factor, left, right, softcap, width, width_v,
+                body_end, hi, hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
                 BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
             )  # fmt: skip
 

@@ -238,7 +238,7 @@ def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Te
 
 def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and, float32 [B, S, Hkv], of the key bias."""
-    config = p.config("bwd_dkdv")
+    config = p.config("bwd_dkdv" if p.tiles is None else "fwd")
     tiles = p.num_tiles(p.num_k, config.block_n)
     programs = tiles * p.kv_heads * p.batch
     parts = _head_parts(programs, p.group, p.q.device)
@@ -246,11 +246,15 @@ def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tupl
     d_k = p.k.new_empty(parts, *p.k.shape, dtype=dtype)
     d_v = p.v.new_empty(parts, *p.v.shape, dtype=dtype)
     d_bias = p.k.new_empty(parts, *p.k.shape[:3] if p.key_bias is not None else (0,), dtype=torch.float32)
+    live = None
+    if p.tiles is not None:
+        live = p.tiles.new_empty(programs * parts, _cdiv(p.num_q, config.block_m))
     if d_k.numel():
         arguments = (
             p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
-            *p.strides(), *d_out.stride()[:3],
+            p.tiles, live, *p.strides(), *d_out.stride()[:3],
             p.batch, p.num_q, p.num_k, p.heads, p.kv_heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            0 if p.tiles is None else p.tiles.stride(0), 0 if live is None else live.stride(0),
         )  # fmt: skip
         p.launch(kb.bwd_dkdv, (programs, parts), arguments, config)
     if parts > 1:
