@@ -197,6 +197,8 @@ def test_divergence_is_quoted_as_it_was_measured() -> None:
 
     measured = set()
     for path in (ROOT / "benchmarks" / "results").glob("numerics-weights*.json"):
+        if path.stem.endswith("-gpu"):
+            continue
         document = read_envelope(path)
         last, study = document["significance"][-1], document["study"]
         rate = "" if study["learning_rate"] == 1e-3 else f", learning rate {study['learning_rate']:.0e}".replace("e-0", "e-")
@@ -206,6 +208,36 @@ def test_divergence_is_quoted_as_it_was_measured() -> None:
     quoted = {tuple(line.strip("| ").split(" | ")) for line in text.splitlines() if line.startswith("| seed ")}
     assert len(quoted) == 5
     assert quoted == measured
+    last = read_envelope(ROOT / "benchmarks" / "results" / "numerics-weights-gpu.json")["significance"][-1]
+    for metric in ("max_abs", "w1"):
+        ratio = interval(*(last[metric][part] for part in ("value", "low", "high")), 2)
+        assert ratio in re.sub(r"\s+", " ", text)
+
+
+def test_kernels_are_quoted_as_they_were_measured() -> None:
+    """The table of docs/numerics.md, and what it says of torch's kernel, from all three files."""
+    from attnkit.report import read_envelope
+
+    text = (DOCS / "numerics.md").read_text(encoding="utf-8")
+    plain, true, delta = "attnkit:triton", "attnkit:triton:out_dtype=float32", "attnkit:triton:stable=delta:out_dtype=float32"
+    peers, quotients = [], {}
+    for width in (64, 128, 256):
+        rms: dict[tuple[str, str, int, int], dict[str, float]] = {}
+        for row in read_envelope(ROOT / "benchmarks" / "results" / f"numerics-kernels-d{width}.json")["rows"]:
+            rms.setdefault((row["format"], row["distribution"], row["length"], row["seed"]), {})[row["algorithm"]] = row["rms"]
+            if row["algorithm"] == plain:
+                assert row["ulp_row_max"] < 1.06
+        peers += [cell[plain] / cell["sdpa-flash"] for cell in rms.values()]
+        if width == 128:
+            quotients = {
+                key[0::2]: cell[true] / cell[delta] for key, cell in rms.items() if key[1] == "value-mean" and key[3] == 0
+            }
+    assert f"{min(peers):.3f} to {max(peers):.3f} times its rms" in text
+    part = text[text.index("## Kernels") :].split("\n## ")[0]
+    for line in re.findall(r"\| [\d,]+ \| .*", part):
+        length, *quoted = line.strip("| ").split(" | ")
+        measured = [quotients[dtype, int(length.replace(",", ""))] for dtype in ("bf16", "fp16")]
+        assert [float(value) for value in quoted] == [float(f"{value:.2g}") for value in measured]
 
 
 def test_methods_are_described() -> None:

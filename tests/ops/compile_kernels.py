@@ -19,13 +19,15 @@ POINTERS = {
         ("x", "prob", "d_prob", "d_x", "q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"
     ),
     **dict.fromkeys(
-        ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"), "fp32"
+        ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum", "alphas"),
+        "fp32",
     ),
-    **dict.fromkeys(("cu_q", "cu_k", "q_pos"), "i32"),
+    **dict.fromkeys(("cu_q", "cu_k", "q_pos", "tiles", "live"), "i32"),
 }
 NEEDS = {
     "d_alphas": "ALPHAS",
     "sinks": "BIAS",
+    "alphas": "BIAS",
     "rest": "BIAS",
     "key_bias": "BIAS",
     "d_bias": "BIAS",
@@ -33,6 +35,7 @@ NEEDS = {
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
+    "ENTMAX": False,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -42,6 +45,8 @@ SMALL = PLAIN | {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_DV": 16}
 VARIANTS = (
     ("bf16", PLAIN),
     ("bf16", PLAIN | {"NORM": "consistent"}),
+    ("bf16", PLAIN | {"NORM": "entmax15", "ENTMAX": True}),
+    ("fp16", PLAIN | {"NORM": "sparsemax", "ROWS": "packed", "WINDOW": True}),
     ("fp16", EVERYTHING | {"ROWS": "packed"}),
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
     ("bf16", PLAIN | {"ROWS": "indexed"}),
@@ -65,6 +70,7 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
         absent = name in NEEDS and not flags[NEEDS[name]]
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
+        absent |= name in ("tiles", "live") and flags["NORM"] != "entmax15"
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
         elif name in POINTERS:

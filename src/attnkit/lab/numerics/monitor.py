@@ -147,11 +147,16 @@ class StabilityMonitor:
     def _judge(self) -> None:
         for name, reason in self._watch.lost.items():
             self._tell(name, "left out", [], reason)
+        norms = self._norms.measure(
+            {
+                f"{name}.{side}": getattr(self._layers[name], f"{side}_proj").weight
+                for name in self._watch.found
+                for side in "qkvo"
+            }
+        )
         for name, found in self._watch.found.items():
             layer, track = self._layers[name], self._tracks[name]
-            matrices = {side: getattr(layer, f"{side}_proj").weight for side in "qkvo"}
-            norms = self._norms.measure({f"{name}.{side}": matrix for side, matrix in matrices.items()})
-            track.add(self._done, found, {side: norms[f"{name}.{side}"] for side in matrices})
+            track.add(self._done, found, {side: norms[f"{name}.{side}"] for side in "qkvo"})
             self.history.append(track.moment(self._done, layer.stable))
         now = {
             name: int(self._tracks[name].levels().max()) if name in self._watch.found else self._levels[name]

@@ -7,6 +7,7 @@ have to be kept until the gradient comes.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Probed:
         used: [m, r, H, Dv], the output that delta is formed from.
         true: [m, r, H, Dv], the output in float64.
         mixed, mass: [m, r, H, Dv] and [m, r, H], sums of P V and of P with the probabilities of the backward pass.
-        facts: name -> [H], what does not need the gradient.
+        facts: name -> [H] on the device, what does not need the gradient.
     """
 
     sequences: Tensor
@@ -97,14 +98,17 @@ class Probed:
         Raises:
             InputError: the gradient of a sampled row is not finite.
         """
-        if d_out is None:
-            return ProbeReport(self.rows.numel(), None, None, None, **self.facts)
-        grad = pick(d_out, self.sequences, self.rows)
-        require_finite("d_out", grad)
-        delta, used = ((grad * out).sum(-1) for out in (self.true, self.used))
-        eps, size = _by_head((grad * (self.used - self.true)).sum(-1)), _by_head(delta.abs())
-        leak = _by_head((grad * self.mixed).sum(-1) - used * self.mass) / size.clamp(min=1e-300)
-        return ProbeReport(self.rows.numel(), eps, size, leak, **self.facts)
+        found = self.facts
+        if d_out is not None:
+            grad = pick(d_out, self.sequences, self.rows)
+            require_finite("d_out", grad)
+            delta, used = ((grad * out).sum(-1) for out in (self.true, self.used))
+            eps, size = _by_head((grad * (self.used - self.true)).sum(-1)), _by_head(delta.abs())
+            leak = _by_head((grad * self.mixed).sum(-1) - used * self.mass) / size.clamp(min=1e-300)
+            found = found | {"eps_bias": eps, "delta_size": size, "shift_leak": leak}
+        table = torch.stack(list(found.values())).cpu()  # one wait for the device
+        named: dict[str, Any] = dict.fromkeys(("eps_bias", "delta_size", "shift_leak")) | dict(zip(found, table, strict=True))
+        return ProbeReport(self.rows.numel(), **named)
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,7 @@ def _facts(scores: Tensor, raw: Tensor, p: Tensor, fmt: FloatFormat, seen: Tenso
     spread = -torch.xlogy(p, p).sum(-1)
     rates = {"tie_rate": ties.double(), "sink_mass": p.gather(-1, first)[..., 0], "entropy": spread}
     found = {name: _by_head(heads_last(value[..., None])[..., 0]) for name, value in rates.items()}
-    return found | {"max_logit": scores.amax((0, 3, 4)).flatten().cpu()}
+    return found | {"max_logit": scores.amax((0, 3, 4)).flatten()}
 
 
 def _lean(values: Tensor, seen: Tensor) -> Tensor:
@@ -241,7 +245,7 @@ def _lean(values: Tensor, seen: Tensor) -> Tensor:
     count = weight.sum((0, 2, 3))
     mean = (weight * values).sum((0, 2, 3)) / count
     variance = (weight * (values - mean[:, None, None]).square()).sum((0, 2, 3)) / count
-    return (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1).cpu()
+    return (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1)
 
 
 def _used(stored: Tensor, true: Tensor, fmt: FloatFormat, stable: str) -> Tensor:
@@ -254,5 +258,5 @@ def _used(stored: Tensor, true: Tensor, fmt: FloatFormat, stable: str) -> Tensor
 
 
 def _by_head(t: Tensor) -> Tensor:
-    """Mean over sampled rows: [m, r, H] -> [H] on the CPU."""
-    return t.mean((0, 1)).cpu()
+    """Mean over sampled rows: [m, r, H] -> [H]."""
+    return t.mean((0, 1))

@@ -8,12 +8,22 @@ from attnkit._core.triton.maths import LOG2E
 from attnkit.ops._attention_core._triton.steps import (
     load_bias,
     load_tile,
+    norm_factor,
     score_gradient,
     scores,
     seen,
     softcap_slope,
 )
-from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place, query_bounds, rows_behind, rows_near
+from attnkit.ops._attention_core._triton.tiles import (
+    cut,
+    key_bounds,
+    live_rows,
+    locate,
+    place,
+    query_bounds,
+    rows_behind,
+    rows_near,
+)
 
 __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 
@@ -22,12 +32,13 @@ __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 def bwd_prep(
     out, rest, d_out, lse, d_lse, lse2, delta,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
-    num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
+    num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, ENTMAX: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
 
     `rest` (or None) is what rounding took from `out`, in its strides; without `out` delta is -d_lse alone. Rows that saw
-    nothing get lse2 = +inf: their probabilities come out as 0. `lse` is contiguous [B, T, H], `d_lse` may be None.
+    nothing get lse2 = +inf: their probabilities come out as 0. ENTMAX: lse is tau and stays, and out
+    is sum(u V) / sum(u). `lse` is contiguous [B, T, H], `d_lse` may be None.
     Grid: (tiles * H * B,).
     """
     pid = tl.program_id(0)
@@ -51,55 +62,82 @@ def bwd_prep(
         b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
         b_delta -= b_d_lse.to(tl.float32)
     tl.store(delta + p_row, b_delta, mask=m_row)
-    tl.store(lse2 + p_row, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=m_row)
+    if not ENTMAX:
+        b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
+    tl.store(lse2 + p_row, b_lse, mask=m_row)
+
+
+@triton.jit
+def _visit_keys(
+    first, limit, rows, o_pos, acc, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the keys first .. first + BLOCK_N contribute to d_q / scale, or with DELTA to sum(p * dp)."""
+    b_q, b_d_out, b_lse2, b_delta = rows
+    k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
+    scale, factor, left, right, softcap, width, width_v = rules
+    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    m_key = first + o_n < limit
+    step = tl.cast(first, tl.int64)
+    b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
+    b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
+    b_bias = None
+    if BIAS:
+        b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+        shown = (b_bias > float("-inf"))[:, None]
+        b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
+    s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
+    if MASKED:
+        see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
+        t = tl.where(see, t, float("-inf"))
+    dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
+    if DELTA:
+        _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0, factor, NORM)
+        acc += tl.sum(p_dp, 1)
+    else:
+        _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None], factor, NORM)
+        if SOFTCAP:
+            ds = ds * softcap_slope(s, scale, softcap)
+        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _walk_keys(
-    start, stop, limit, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-    scale, left, right, softcap, width, width_v,
+    start, stop, limit, tiles, rows, o_pos, acc, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys start, start + BLOCK_N ... below stop contribute to d_q / scale, or with DELTA to sum(p * dp)."""
-    o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first in tl.range(start, stop, BLOCK_N):
-        m_key = first + o_n < limit
-        step = tl.cast(first, tl.int64)
-        b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
-        b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
-        b_bias = None
-        if BIAS:
-            b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
-            shown = (b_bias > float("-inf"))[:, None]
-            b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
-        s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        t, c = scores(s, b_bias[None, :] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
-        if MASKED:
-            see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
-            t = tl.where(see, t, float("-inf"))
-        dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
-        if DELTA:
-            _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0)
-            acc += tl.sum(p_dp, 1)
-        else:
-            _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None])
-            if SOFTCAP:
-                ds = ds * softcap_slope(s, scale, softcap)
-            acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
+    """The keys start, start + BLOCK_N ... below stop, or those of them that are on the forward pass's list, if there is one."""
+    if tiles is None:
+        for first in tl.range(start, stop, BLOCK_N):
+            acc = _visit_keys(
+                first, limit, rows, o_pos, acc, keys, rules,
+                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+            )  # fmt: skip
+    else:
+        for i in tl.range(0, tl.load(tiles - 1)):
+            acc = _visit_keys(
+                tl.load(tiles + i), limit, rows, o_pos, acc, keys, rules,
+                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+            )  # fmt: skip
     return acc
 
 
 @triton.jit
 def bwd_dq(
-    q, k, v, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q,
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    stride_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head; with DELTA their sum(p * dp), added to delta.
 
@@ -135,21 +173,23 @@ def bwd_dq(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
+    rows = (b_q, b_d_out, b_lse2, b_delta)
+    keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
+    rules = (scale, norm_factor(alphas, head, NORM), left, right, softcap, width, width_v)
+    if tiles is not None:
+        tiles += pid.to(tl.int64) * stride_tiles + 1
     if WINDOW:
         acc = _walk_keys(
-            lo, tl.minimum(head_end, hi), hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-            stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
+            lo, tl.minimum(head_end, hi), hi, None, rows, o_pos, acc, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
         )  # fmt: skip
     acc = _walk_keys(
-        head_end, body_end, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-        stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
+        head_end, body_end, hi, tiles, rows, o_pos, acc, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     acc = _walk_keys(
-        body_end, hi, hi, b_q, b_d_out, b_lse2, b_delta, o_pos, acc, k, v, key_bias,
-        stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, DELTA, EVEN, PRECISION,
+        body_end, hi, hi, None, rows, o_pos, acc, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
     )  # fmt: skip
     if DELTA:
         tl.store(delta + p_row, b_delta + acc, mask=m_row)
@@ -162,54 +202,79 @@ def bwd_dq(
 
 
 @triton.jit
-def _walk_rows(
-    start, stop, end, b_k, b_v, b_bias, m_key, o_key, shift, d_k, d_v, d_bias,
-    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt, scale, left, right, softcap, width, width_v,
+def _visit_rows(
+    first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the rows start, start + BLOCK_M ... below stop contribute to d_k / scale, d_v and the bias's gradient.
+    """Add what the rows first .. first + BLOCK_M contribute to d_k / scale, d_v and the bias's gradient.
 
     Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys.
     """
+    b_k, b_v, b_bias, m_key = keys
+    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt = rows
+    scale, factor, left, right, softcap, width, width_v = rules
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first in tl.range(start, stop, BLOCK_M):
-        m_row = first + o_m < end
-        step = tl.cast(first, tl.int64)
-        b_q = load_tile(q + step * stride_qt, o_m, stride_qt, o_d, m_row, width, True, EVEN)
-        b_d_out = load_tile(d_out + step * stride_gt, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN)
-        b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
-        b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
-        s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
-        if MASKED:
-            if ROWS == "positions" or ROWS == "indexed":
-                o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
-            else:
-                o_pos = first + o_m + shift
-            see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
-            t = tl.where(see, t, float("-inf"))
-        dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
-        p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :])
-        d_v = tl.dot(p.to(b_d_out.dtype), b_d_out, d_v, input_precision=PRECISION)
-        if BIAS:
-            d_bias += tl.sum(ds, 1)
-        if SOFTCAP:
-            ds = ds * softcap_slope(s, scale, softcap)
-        d_k = tl.dot(ds.to(b_q.dtype), b_q, d_k, input_precision=PRECISION)
+    m_row = first + o_m < end
+    step = tl.cast(first, tl.int64)
+    b_q = load_tile(q + step * stride_qt, o_m, stride_qt, o_d, m_row, width, True, EVEN)
+    b_d_out = load_tile(d_out + step * stride_gt, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN)
+    b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
+    b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
+    s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
+    if MASKED:
+        if ROWS == "positions" or ROWS == "indexed":
+            o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
+        else:
+            o_pos = first + o_m + shift
+        see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
+        t = tl.where(see, t, float("-inf"))
+    dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
+    p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :], factor, NORM)
+    d_v = tl.dot(p.to(b_d_out.dtype), b_d_out, d_v, input_precision=PRECISION)
+    if BIAS:
+        d_bias += tl.sum(ds, 1)
+    if SOFTCAP:
+        ds = ds * softcap_slope(s, scale, softcap)
+    d_k = tl.dot(ds.to(b_q.dtype), b_q, d_k, input_precision=PRECISION)
+    return d_k, d_v, d_bias
+
+
+@triton.jit
+def _walk_rows(
+    start, stop, end, live, count, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows start, start + BLOCK_M ... below stop, or the `count` of them that are on the list `live`, if there is one."""
+    if live is None:
+        for first in tl.range(start, stop, BLOCK_M):
+            d_k, d_v, d_bias = _visit_rows(
+                first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+                BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+    else:
+        for i in tl.range(0, count):
+            d_k, d_v, d_bias = _visit_rows(
+                tl.load(live + i), end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+                BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
     return d_k, d_v, d_bias
 
 
 @triton.jit
 def bwd_dkdv(
-    q, k, v, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias, tiles, live,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     batch, num_q, num_k, heads, kv_heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    stride_tiles, stride_live,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_k, d_v and d_bias of one tile of keys of one key head, over some of the query heads that share it.
 
@@ -258,28 +323,36 @@ def bwd_dkdv(
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_M, True)
     if not WINDOW:
         body_end = hi  # rows behind the end load as zeros with probability 0
+    if live is not None:
+        live += (part * tl.num_programs(0) + pid).to(tl.int64) * stride_live
+    count = 0
+    keys = (b_k, b_v, b_bias if BIAS else m_key, m_key)  # without BIAS the third is not looked at
     for i_h in range(0, per_part):
+        p_row = (i_b * heads + head + i_h) * num_q
         p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
         p_d_out = d_out + i_b * stride_gb + (head + i_h) * stride_gh
-        p_row = (i_b * heads + head + i_h) * num_q
+        rows = (p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt)
+        rules = (scale, norm_factor(alphas, head + i_h, NORM), left, right, softcap, width, width_v)
+        if tiles is not None:
+            row_tiles = tl.cdiv(num_q, BLOCK_M)
+            lists = tiles + (i_b * heads + head + i_h) * row_tiles * stride_tiles
+            tl.debug_barrier()  # nobody still reads the list of the last head
+            count = live_rows(
+                lists, stride_tiles, row_tiles, live, head_end, body_end, first, shift, right, num_k, BLOCK_M, BLOCK_N
+            )
+            tl.debug_barrier()
         acc_k, acc_v, acc_b = _walk_rows(
-            lo, tl.minimum(head_end, hi), hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
-            p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-            scale, left, right, softcap, width, width_v,
-            BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+            lo, tl.minimum(head_end, hi), hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+            BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         acc_k, acc_v, acc_b = _walk_rows(
-            head_end, body_end, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
-            p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-            scale, left, right, softcap, width, width_v,
-            BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+            head_end, body_end, hi, live, count, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+            BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         if WINDOW:
             acc_k, acc_v, acc_b = _walk_rows(
-                body_end, hi, hi, b_k, b_v, b_bias, m_key, o_key, shift, acc_k, acc_v, acc_b,
-                p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt,
-                scale, left, right, softcap, width, width_v,
-                BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, EVEN, PRECISION,
+                body_end, hi, hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+                BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
             )  # fmt: skip
 
     p_key = ((part * batch + i_b) * num_k + row) * kv_heads + kv_head + o_n * kv_heads

@@ -4,53 +4,218 @@ import triton
 import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
-from attnkit.ops._attention_core._triton.steps import load_bias, load_tile, scores, seen, softmax_step
+from attnkit.ops._attention_core._triton.steps import (
+    TOLERANCE,
+    entmax_refine,
+    entmax_start,
+    entmax_step,
+    load_bias,
+    load_tile,
+    norm_factor,
+    scores,
+    seen,
+    softmax_step,
+)
 from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place
 
 __all__ = ["combine", "fwd"]
 
 
 @triton.jit
-def _walk(
-    start, stop, limit, b_q, o_pos, m, total, rounded, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-    scale, left, right, softcap, width, width_v,
+def _visit(
+    first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys start, start + BLOCK_N ... below stop; MASKED: some lie at `limit` or beyond, or some rows do not see some."""
+    """The keys first .. first + BLOCK_N; MASKED: some lie at `limit` or beyond, or some rows do not see some.
+
+    Returns the four values that a pass gathers, and whether a later pass of entmax has to come back.
+    """
+    k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
+    scale, factor, left, right, softcap, width, width_v = rules
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    for first in tl.range(start, stop, BLOCK_N):
-        m_key = first + o_n < limit
-        step = tl.cast(first, tl.int64)
-        b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
-        b_bias = None
-        if BIAS:
-            b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
-            b_k = tl.where((b_bias > float("-inf"))[:, None], b_k, 0.0)
-        t = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        t, c = scores(t, b_bias[None, :] if BIAS else None, scale, softcap, SOFTCAP, BIAS)
-        if MASKED:
-            see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
-            t = tl.where(see, t, float("-inf"))
+    m_key = first + o_n < limit
+    step = tl.cast(first, tl.int64)
+    b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
+    b_bias = None
+    if BIAS:
+        b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+        b_k = tl.where((b_bias > float("-inf"))[:, None], b_k, 0.0)
+    t = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    t, t_scale = scores(t, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
+    if MASKED:
+        see = seen(o_pos[:, None], (first + o_n)[None, :], left, right, WINDOW) & m_key[None, :]
+        t = tl.where(see, t, float("-inf"))
+    b_v = None
+    if STEP == "softmax" or STEP == "out":
         b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
         if BIAS:
             b_v = tl.where((b_bias > float("-inf"))[:, None], b_v, 0.0)  # 0 * NaN is NaN
-        m, total, rounded, acc = softmax_step(t, c, b_v, m, total, rounded, acc, MASKED or BIAS, NORM, PRECISION)
-    return m, total, rounded, acc
+    live = True
+    if STEP == "softmax":
+        a, b, c, acc = softmax_step(t, t_scale, b_v, a, b, c, acc, MASKED or BIAS, NORM, PRECISION)
+    else:
+        a, b, c, acc, live = entmax_step(t * t_scale, b_v, a, b, c, acc, floor, factor, STEP, NORM, PRECISION)
+    return a, b, c, acc, live
+
+
+@triton.jit
+def _walk(
+    start, stop, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys start, start + BLOCK_N ... below stop."""
+    for first in tl.range(start, stop, BLOCK_N):
+        a, b, c, acc, _ = _visit(
+            first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+    return a, b, c, acc
+
+
+@triton.jit
+def _walk_live(
+    tiles, count, start, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it."""
+    kept = 0
+    for i in tl.range(0, count):
+        if STEP == "max":
+            first = start + i * BLOCK_N
+        else:
+            first = tl.load(tiles + i)
+        a, b, c, acc, live = _visit(
+            first, 0, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+        tl.store(tiles + kept, first, mask=live)
+        kept += live.to(tl.int32)
+    return a, b, c, acc, kept
+
+
+@triton.jit
+def _sweep(
+    span, tiles, count, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one."""
+    lo, head_end, body_end, hi = span
+    if WINDOW:
+        a, b, c, acc = _walk(
+            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+    if tiles is None:
+        a, b, c, acc = _walk(
+            head_end, body_end, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+    else:
+        a, b, c, acc, count = _walk_live(
+            tiles, count, head_end, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()  # the next pass reads what this one has written
+    a, b, c, acc = _walk(
+        body_end, hi, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+    )  # fmt: skip
+    return a, b, c, acc, count
+
+
+@triton.jit
+def _softmax_rows(
+    span, b_q, o_pos, sink, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output rows, their maxima in base-2 logarithms (-inf where nothing is seen) and sums. `sink`: one more key's logits."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if sink is not None:
+        m = sink
+        total = tl.where(sink > float("-inf"), 1.0, 0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    m, total, rounded, acc, _ = _sweep(
+        span, None, 0, b_q, o_pos, m, total, total, acc, None, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "softmax", NORM, EVEN, PRECISION,
+    )  # fmt: skip
+    nothing = total == 0  # NaN is something
+    acc = acc / tl.where(nothing, 1.0, total if NORM == "softmax" else rounded)[:, None]
+    return acc, tl.where(nothing, float("-inf"), m), total
+
+
+@triton.jit
+def _entmax_rows(
+    span, tiles, b_q, o_pos, num_steps, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs.
+
+    `tiles` (or None) is where the list of the tiles of keys in the support goes, after their number.
+    """
+    factor = rules[1]
+    zeros = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    count = (span[2] - span[1]) // BLOCK_N
+    m, _, _, _, count = _sweep(
+        span, tiles, count, b_q, o_pos, m, zeros, zeros, zeros, zeros, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "max", NORM, EVEN, PRECISION,
+    )  # fmt: skip
+    nothing = m == float("-inf")
+    m = tl.where(nothing, 0.0, m)
+    if NORM == "entmax":  # its first step is exact where all scores are equal, or one is far above the rest
+        tau, low, high = m - 1, m - 1, m
+    else:
+        _, _, _, counts, count = _sweep(
+            span, tiles, count, b_q, o_pos, m, zeros, zeros, tl.zeros([BLOCK_M, BLOCK_N], tl.int64), zeros, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "bins", NORM, EVEN, PRECISION,
+        )  # fmt: skip
+        tau, low, high = entmax_start(m, counts, NORM)
+    off = 1.0
+    step = 0
+    while (off > TOLERANCE) & (step < num_steps):
+        _, p_sum, u_sum, support, count = _sweep(
+            span, tiles, count, b_q, o_pos, tau, zeros, zeros, zeros, low, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
+        )  # fmt: skip
+        tau, low, high = entmax_refine(tau, low, high, p_sum, u_sum, support, factor, NORM)
+        off = tl.max(tl.where(nothing, 0.0, tl.abs(p_sum - 1)))
+        step += 1
+    tau = tl.where(nothing, float("inf"), tau)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    _, u_sum, other, acc, count = _sweep(
+        span, tiles, count, b_q, o_pos, tau, zeros, acc, acc, tau, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "out", NORM, EVEN, PRECISION,
+    )  # fmt: skip
+    if tiles is not None:
+        tl.store(tiles - 1, count)
+    return acc, tau, other / tl.maximum(u_sum, 1e-30)[:, None]
 
 
 @triton.jit
 def fwd(
-    q, k, v, sinks, key_bias, cu_q, cu_k, q_pos, out, rest, lse,
+    q, k, v, sinks, alphas, key_bias, cu_q, cu_k, q_pos, out, rest, lse, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
+    num_steps, stride_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head (or of the GROUP heads that share a key head), over one part of its keys.
+
+    With one of entmax's NORMs lse gets tau, in units of (alpha - 1) * score, and `rest` (or None) sum(u V) / sum(u).
 
     Writes out [B, T, H, Dv] and the natural-log lse [B, T, H]; `rest` (or None) gets what rounding took from out. With SPLIT
     out has a dimension for the parts in front, each normalised over its own keys, and lse, [2, parts, B, T, H], gets their
@@ -86,49 +251,45 @@ def fwd(
     v += i_b * stride_vb + kv_head * stride_vh
     if BIAS:
         key_bias += i_b * stride_bb + kv_head * stride_bh
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if sinks is not None:  # one more key, its value zero; counted in the first part
-        sink = tl.load(sinks + head + o_h, mask=o_t < TOKENS, other=0.0).to(tl.float32) * LOG2E
-        m = tl.where(part == 0, sink, m)
-        total = tl.where(part == 0, 1.0, total)
-    rounded = total
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
-    if WINDOW:
-        m, total, rounded, acc = _walk(
-            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, m, total, rounded, acc, k, v, key_bias,
-            stride_ks, stride_vs, stride_bs, scale, left, right, softcap, width, width_v,
-            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+    span = (lo, head_end, body_end, hi)
+    keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
+    rules = (scale, norm_factor(alphas, head, NORM), left, right, softcap, width, width_v)
+    ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
+    if ENTMAX:
+        if tiles is not None:
+            tiles += pid.to(tl.int64) * stride_tiles + 1
+        acc, m, other = _entmax_rows(
+            span, tiles, b_q, o_pos, num_steps, keys, rules,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
-    m, total, rounded, acc = _walk(
-        head_end, body_end, hi, b_q, o_pos, m, total, rounded, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-        scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
-    )  # fmt: skip
-    m, total, rounded, acc = _walk(
-        body_end, hi, hi, b_q, o_pos, m, total, rounded, acc, k, v, key_bias, stride_ks, stride_vs, stride_bs,
-        scale, left, right, softcap, width, width_v,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
-    )  # fmt: skip
-
-    nothing = total == 0  # NaN is something
-    total = tl.where(nothing, 1.0, total)
-    acc = acc / (total if NORM == "softmax" else tl.where(nothing, 1.0, rounded))[:, None]
+    else:
+        sink = None
+        if sinks is not None:  # one more key, its value zero; counted in the first part
+            sink = tl.load(sinks + head + o_h, mask=o_t < TOKENS, other=0.0).to(tl.float32) * LOG2E
+            sink = tl.where(part == 0, sink, float("-inf"))
+        acc, m, total = _softmax_rows(
+            span, b_q, o_pos, sink, keys, rules,
+            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+        )  # fmt: skip
     row = (part * batch + i_b) * num_q + first
     p_row = row * heads + head + o_t * heads + o_h
-    if SPLIT:
-        tl.store(lse + p_row, tl.where(nothing, float("-inf"), m), mask=m_row)
-        sums = lse + tl.num_programs(1).to(tl.int64) * batch * num_q * heads
-        tl.store(sums + p_row, tl.where(nothing, 0.0, total), mask=m_row)
-    else:
-        tl.store(lse + p_row, tl.where(nothing, float("-inf"), m + tl.log2(total)) * LN2, mask=m_row)
     p_out = p_row[:, None] * width_v + o_dv[None, :]
     m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
     b_out = acc.to(out.dtype.element_ty)
     tl.store(out + p_out, b_out, mask=m_out)
-    if rest is not None:
-        tl.store(rest + p_out, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=m_out)
+    if ENTMAX:
+        tl.store(lse + p_row, m, mask=m_row)
+        if rest is not None:
+            tl.store(rest + p_out, other.to(rest.dtype.element_ty), mask=m_out)
+    else:
+        if rest is not None:
+            tl.store(rest + p_out, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=m_out)
+        if SPLIT:
+            tl.store(lse + p_row, m, mask=m_row)
+            tl.store(lse + tl.num_programs(1).to(tl.int64) * batch * num_q * heads + p_row, total, mask=m_row)
+        else:
+            tl.store(lse + p_row, (m + tl.log2(tl.where(total == 0, 1.0, total))) * LN2, mask=m_row)
 
 
 @triton.jit

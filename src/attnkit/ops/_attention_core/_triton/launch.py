@@ -1,7 +1,7 @@
 """Launching the attention kernels: shapes, strides and options in, contiguous results out. No host synchronisation."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from typing import Any
 
@@ -48,6 +48,11 @@ class Launch:
     right: int
     softcap: float
     stable: str
+    _: KW_ONLY
+    norm: str = "softmax"  # or "entmax15", "sparsemax", "entmax" with a learned alpha of each head
+    alphas: Tensor | None = None  # [H]
+    num_steps: int = 12  # of the search for tau, at most
+    tiles: Tensor | None = None  # [programs, 1 + tiles of keys] int32, the support of each tile of rows as the forward found it
 
     def __post_init__(self) -> None:
         if self.scale < 0:  # kernels take the maximum of raw products, which a negative factor would turn round
@@ -99,6 +104,7 @@ class Launch:
             "SOFTCAP": self.softcap > 0,
             "BIAS": self.key_bias is not None,
             "EVEN": self.block_d == self.width and self.block_dv == self.width_v,
+            "NORM": self.norm,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",  # set by either API
         }
         launch(kernel, grid, arguments, shared | flags, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -113,26 +119,37 @@ class Launch:
         return rows // block + self.num_seqs + 1 if self.cu_q is not None else _cdiv(rows, block)
 
 
-def forward(p: Launch, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """out [B, T, H, Dv], lse [B, T, H], float32, and what rounding took from out, where `stable` is "delta" and it did."""
-    packs = p.group > 1 and p.num_q <= _PACK_ROWS
+def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """out [B, T, H, Dv], lse [B, T, H], float32, and what rounding took from out, where `stable` is "delta" and it did.
+
+    Of entmax: out, tau, and, where gradients are needed, sum(u V) / sum(u).
+    """
+    packs = p.group > 1 and p.num_q <= _PACK_ROWS and p.alphas is None
     group = p.group if packs else 1
     config = p.config("decode" if p.num_q * group <= 16 else "fwd")
     block_m = config.block_m if config.block_m >= group else _power_of_two(group)
     tiles = p.num_tiles(p.num_q, block_m // group)
     programs = tiles * (p.heads // group) * p.batch
-    parts = _parts(programs, p.keys_a_tile(block_m // group), config.block_n, p.q.device)
+    keys = p.keys_a_tile(block_m // group)
+    parts = _parts(programs, keys, config.block_n, p.q.device) if p.norm == "softmax" else 1
     shape = (parts, p.batch, p.num_q, p.heads)
     out = p.q.new_empty(*shape, p.width_v, dtype=out_dtype if parts == 1 else torch.float32)
     lse = p.q.new_empty((2, *shape) if parts > 1 else shape, dtype=torch.float32)
-    rest = out.new_empty(out.shape[1:], dtype=out_dtype) if p.stable == "delta" and out_dtype.itemsize == 2 else None
+    keeps = p.stable == "delta" and out_dtype.itemsize == 2 if p.norm == "softmax" else need_grad
+    rest = out.new_empty(out.shape[1:], dtype=out_dtype) if keeps else None
     if lse.numel() == 0:
         return out[0], lse.new_empty(shape[1:]), rest
+    p.tiles = None
+    if p.norm != "softmax" and not packs and p.left < 0 and p.cu_q is None and p.q_pos is None:
+        p.tiles = p.q.new_empty(programs, 1 + _cdiv(p.num_k, config.block_n), dtype=torch.int32)
     arguments = (
-        p.q, p.k, p.v, p.sinks, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse, *p.strides(),
-        p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
+        p.q, p.k, p.v, p.sinks, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse,
+        p.tiles, *p.strides(),
+        p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.num_steps,
+        0 if p.tiles is None else p.tiles.stride(0),
     )  # fmt: skip
-    flags = {"GROUP": group, "NORM": _NORMS[p.stable], "SPLIT": parts > 1}
+    norm = _NORMS[p.stable] if p.norm == "softmax" else p.norm
+    flags = {"GROUP": group, "NORM": norm, "SPLIT": parts > 1}
     p.launch(kf.fwd, (programs, parts), arguments, config, BLOCK_M=block_m, **flags)
     if parts == 1:
         return out[0], lse[0], rest
@@ -188,7 +205,12 @@ def row_constants(
             out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, *out_strides, *d_out.stride()[:3], *d_lse_strides,
             p.num_q, p.heads, tiles, p.width_v,
         )  # fmt: skip
-        launch(kb.bwd_prep, (tiles * p.heads * p.batch,), arguments, {"BLOCK_M": 64, "BLOCK_DV": p.block_dv})
+        launch(
+            kb.bwd_prep,
+            (tiles * p.heads * p.batch,),
+            arguments,
+            {"BLOCK_M": 64, "BLOCK_DV": p.block_dv, "ENTMAX": p.norm != "softmax"},
+        )
     return lse2, delta
 
 
@@ -205,20 +227,21 @@ def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> T
 
 
 def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None) -> None:
-    config = p.config("bwd_dq")
+    config = p.config("bwd_dq" if p.tiles is None else "fwd")  # the list is of the forward pass's tiles
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
         arguments = (
-            p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q,
+            p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q, p.tiles,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            0 if p.tiles is None else p.tiles.stride(0),
         )  # fmt: skip
         p.launch(kb.bwd_dq, (tiles * p.heads * p.batch,), arguments, config, DELTA=d_q is None)
 
 
 def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and, float32 [B, S, Hkv], of the key bias."""
-    config = p.config("bwd_dkdv")
+    config = p.config("bwd_dkdv" if p.tiles is None else "fwd")
     tiles = p.num_tiles(p.num_k, config.block_n)
     programs = tiles * p.kv_heads * p.batch
     parts = _head_parts(programs, p.group, p.q.device)
@@ -226,11 +249,15 @@ def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tupl
     d_k = p.k.new_empty(parts, *p.k.shape, dtype=dtype)
     d_v = p.v.new_empty(parts, *p.v.shape, dtype=dtype)
     d_bias = p.k.new_empty(parts, *p.k.shape[:3] if p.key_bias is not None else (0,), dtype=torch.float32)
+    live = None
+    if p.tiles is not None:
+        live = p.tiles.new_empty(programs * parts, _cdiv(p.num_q, config.block_m))
     if d_k.numel():
         arguments = (
-            p.q, p.k, p.v, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
-            *p.strides(), *d_out.stride()[:3],
+            p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+            p.tiles, live, *p.strides(), *d_out.stride()[:3],
             p.batch, p.num_q, p.num_k, p.heads, p.kv_heads, p.num_seqs, tiles, p.group, *p.scalars(),
+            0 if p.tiles is None else p.tiles.stride(0), 0 if live is None else live.stride(0),
         )  # fmt: skip
         p.launch(kb.bwd_dkdv, (programs, parts), arguments, config)
     if parts > 1:

@@ -1,7 +1,8 @@
 """Device functions: what happens to one tile of scores. Every kernel of the core calls these, so that the forward and the
 backward pass see the same scores.
 
-Scores live in the domain of base-2 logarithms: t = log2(e) * (softcap(scale * q . k) + bias).
+Scores live in the norm's own units: t = factor * (softcap(scale * q . k) + bias). For the softmax the factor is log2(e), for
+alpha-entmax alpha - 1 (Peters et al. 2019, arXiv:1905.05702; the solver is that of docs/entmax.md).
 """
 
 import triton
@@ -10,8 +11,13 @@ import triton.language as tl
 from attnkit._core.triton.maths import LOG2E, rounded_to, tanh
 
 __all__ = [
+    "TOLERANCE",
+    "entmax_refine",
+    "entmax_start",
+    "entmax_step",
     "load_bias",
     "load_tile",
+    "norm_factor",
     "raised_max",
     "score_gradient",
     "scores",
@@ -20,6 +26,8 @@ __all__ = [
     "softmax_step",
 ]
 
+BINS, BITS = tl.constexpr(4), tl.constexpr(16)  # of the scores less than 1 below a row's maximum
+TOLERANCE = tl.constexpr(1e-3)  # of sum(p); the step after it squares what is off
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
 
 
@@ -55,14 +63,14 @@ def seen(o_pos, o_key, left, right, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def scores(s, bias, scale, softcap, SOFTCAP: tl.constexpr, BIAS: tl.constexpr):
-    """Products s = q . k -> (t, c): the scores in base-2 logarithms are c * t with c > 0.
+def scores(s, bias, scale, softcap, factor, SOFTCAP: tl.constexpr, BIAS: tl.constexpr):
+    """Products s = q . k -> (t, c): the scores in the norm's units are c * t with c > 0.
 
     The plain form leaves the factor to the exponential, where it costs nothing (one fused multiply-add).
     """
-    c = scale * LOG2E
+    c = scale * factor
     if SOFTCAP:
-        s = tanh(s * (scale / softcap)) * (softcap * LOG2E)
+        s = tanh(s * (scale / softcap)) * (softcap * factor)
         c = 1.0
     if BIAS:
         s = s * c + bias
@@ -114,10 +122,140 @@ def softmax_step(t, c, v, m, total, rounded, acc, GUARD: tl.constexpr, NORM: tl.
 
 
 @triton.jit
-def score_gradient(t, c, lse2, dp, delta):
-    """Probabilities and the gradient of the scores before the softmax: p = exp(s - lse), ds = p * (dp - delta)."""
-    p = tl.exp2(t * c - lse2)
-    return p, p * (dp - delta)
+def norm_factor(alphas, head, NORM: tl.constexpr):
+    """What scores are multiplied by before the norm sees them."""
+    if NORM == "entmax15":
+        return 0.5
+    elif NORM == "sparsemax":
+        return 1.0
+    elif NORM == "entmax":
+        return tl.load(alphas + head).to(tl.float32) - 1.0
+    else:
+        return LOG2E
+
+
+@triton.jit
+def entmax_pair(z, tau, factor, NORM: tl.constexpr):
+    """p = [z - tau]+^(1 / factor), and u = p^(2 - alpha), its derivative by the score; both 0 off the support."""
+    x = tl.maximum(z - tau, 0.0)
+    if NORM == "entmax15":
+        return x * x, x
+    elif NORM == "sparsemax":
+        return x, tl.where(x > 0, 1.0, 0.0)
+    else:
+        log = tl.log2(tl.where(x > 0, x, 1.0))
+        p = tl.exp2(log / factor)
+        return tl.where(x > 0, p, 0.0), tl.where(x > 0, tl.exp2(log * ((1.0 - factor) / factor)), 0.0)
+
+
+@triton.jit
+def entmax_step(z, v, a, b, c, acc, floor, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """Take a tile of scores [rows, keys] into what a pass of entmax gathers:
+
+    "max"   a: the maximum.
+    "bins"  a: the maximum, given; acc: counts by BINS equal parts of what lies less than 1 below it, 16 bits each.
+    "sums"  a: tau, given; b, c, acc: sums of p, of u and of the support.
+    "out"   a: tau, given; b: sums of u; c and acc: sums of u V and of p V.
+
+    Also whether the tile may hold something of the support: a score less than 1 below the maximum so far, or above `floor`, a
+    lower bound of tau (tau itself in the last pass).
+    """
+    if STEP == "max":
+        top = tl.max(z, 1)
+        a = tl.maximum(a, top)
+        live = tl.max((top > a - 1).to(tl.int32), 0) > 0
+    elif STEP == "bins":
+        place = (z - a[:, None] + 1.0) * BINS
+        shift = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(acc.dtype) * BITS
+        acc += tl.where(place >= 0, 1 << shift, 0)
+        live = tl.max(tl.max(place, 1), 0) >= 0
+    else:
+        live = tl.max(tl.max(z - floor[:, None], 1), 0) > 0
+        p, u = entmax_pair(z, a[:, None], factor, NORM)
+        b += tl.sum(u if STEP == "out" else p, 1)
+        if STEP == "sums":
+            c += tl.sum(u, 1)
+            acc += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
+        else:
+            c = tl.dot(u.to(v.dtype), v, c, input_precision=PRECISION)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return a, b, c, acc, live
+
+
+@triton.jit
+def _root(n, s1, s2, NORM: tl.constexpr):
+    """tau with sum(p) = 1 for n elements of the support that sum to s1, their squares to s2."""
+    if NORM == "entmax15":
+        return (s1 - tl.sqrt(tl.maximum(s1 * s1 - n * (s2 - 1), 0.0))) / n
+    else:
+        return (s1 - 1) / n
+
+
+@triton.jit
+def _take(n, s1, s2, own, edge, value, square, NORM: tl.constexpr):
+    """Add `own` elements of a bin, unless the others already sum to 1 above its lower edge."""
+    if NORM == "entmax15":
+        own = tl.where(n * edge * edge - 2 * s1 * edge + s2 < 1, own, 0.0)
+    else:
+        own = tl.where(s1 - n * edge < 1, own, 0.0)
+    return n + own, s1 + own * value, s2 + own * square
+
+
+@triton.jit
+def entmax_start(m, counts, NORM: tl.constexpr):
+    """Where the search for tau begins: (tau, low, high), from the maximum and the counts of bins.
+
+    low: every element but the maximum stands for the lower edge of its bin, which moves it by less than 1 / BINS, and tau with
+    it (AdaSplash-2, arXiv:2604.15180). tau: they are spread evenly over their bins.
+    """
+    one = tl.full(m.shape, 1.0, tl.float32)
+    n, s1, s2 = one, one, one
+    n_even, s1_even, s2_even = one, one, one
+    for i in tl.static_range(BINS):
+        edge = (BINS - 1 - i) / BINS
+        middle = edge + 0.5 / BINS
+        own = tl.sum((counts >> ((BINS - 1 - i) * BITS)) & 0xFFFF, 1).to(tl.float32)
+        if i == 0:
+            own -= 1.0
+        n, s1, s2 = _take(n, s1, s2, own, edge, edge, edge * edge, NORM)
+        square = middle * middle + 1 / (12 * BINS * BINS)
+        n_even, s1_even, s2_even = _take(n_even, s1_even, s2_even, own, edge, middle, square, NORM)
+    low = m - 1 + _root(n, s1, s2, NORM)
+    tau = m - 1 + _root(n_even, s1_even, s2_even, NORM)
+    high = low + 1.0 / BINS
+    return tl.minimum(tl.maximum(tau, low), high), low, high
+
+
+@triton.jit
+def entmax_refine(tau, low, high, p_sum, u_sum, support, factor, NORM: tl.constexpr):
+    """One step of the search: (tau, low, high).
+
+    The r-norm of [z - tau]+, r = 1 / factor, falls and is convex in tau, so that Newton's step towards 1 ends below the root
+    from either side. For alpha = 1.5 the root of the parabola over the present support is exact once the support is.
+    """
+    newton = tau + (p_sum - tl.exp2(tl.log2(tl.maximum(p_sum, 1e-30)) * (1 - factor))) / tl.maximum(u_sum, 1e-30)
+    low = tl.maximum(low, tl.where(u_sum > 0, newton, low))
+    high = tl.where(p_sum >= 1, high, tl.minimum(high, tau))
+    root = newton
+    if NORM == "entmax15":
+        f = p_sum - 1
+        root = tau + f / tl.maximum(u_sum + tl.sqrt(tl.maximum(u_sum * u_sum - support * f, 0.0)), 1e-30)
+    return tl.where((root >= low) & (root <= high), root, low), low, high
+
+
+@triton.jit
+def score_gradient(t, c, row, dp, delta, factor, NORM: tl.constexpr):
+    """Probabilities and the gradient of the scores before the norm.
+
+    Softmax: p = exp(s - lse), ds = p * (dp - delta). Entmax: ds = u * (dp - delta). `row`: the LSE in base-2
+    logarithms, or tau.
+    """
+    if NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax":
+        p, u = entmax_pair(t * c, row, factor, NORM)
+        return p, u * (dp - delta)
+    else:
+        p = tl.exp2(t * c - row)
+        return p, p * (dp - delta)
 
 
 @triton.jit
