@@ -19,7 +19,7 @@ POINTERS = {
         ("x", "prob", "d_prob", "d_x", "q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"
     ),
     **dict.fromkeys(
-        ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum", "alphas"),
+        ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
         "fp32",
     ),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos", "tiles", "live"), "i32"),
@@ -27,7 +27,6 @@ POINTERS = {
 NEEDS = {
     "d_alphas": "ALPHAS",
     "sinks": "BIAS",
-    "alphas": "BIAS",
     "rest": "BIAS",
     "key_bias": "BIAS",
     "d_bias": "BIAS",

@@ -12,10 +12,10 @@ from attnkit._core.dispatch import Backend, only_when_named
 from attnkit._core.triton import HAS_TRITON, interpreted
 from attnkit.ops.attention import flash4
 from attnkit.ops.attention._register import run_blockwise, run_fa4, run_triton
-from attnkit.ops.attention.call import AttentionCall
+from attnkit.ops.attention.call import AttentionCall, CoreCall
 from attnkit.ops.attention.reference import MAX_PAIRS, reference
 
-__all__ = ["BACKENDS"]
+__all__ = ["BACKENDS", "triton_avoids", "triton_refuses"]
 
 Result = tuple[Tensor, Tensor | None]
 FEW_ROWS = 64
@@ -66,7 +66,7 @@ def _fused_refuses(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _old_gpu(call: AttentionCall) -> list[str]:
+def _old_gpu(call: CoreCall) -> list[str]:
     old = capability(call.q.device) < (8, 0)
     return ["a GPU older than compute capability 8.0"] if old else []
 
@@ -112,7 +112,7 @@ def _flash_avoids(call: AttentionCall) -> list[str]:
     """On Hopper its kernels, FlashAttention-2's, were measured at 0.6 to 0.7 of the speed of ours."""
     if call.q.device.type != "cuda":
         return []
-    if _triton_refuses(call):
+    if triton_refuses(call):
         return []
     if capability(call.q.device) >= (9, 0):
         return ["the Triton kernels are faster on this GPU"]
@@ -145,7 +145,8 @@ def _arguments(call: AttentionCall) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _triton_refuses(call: AttentionCall) -> list[str]:
+def triton_refuses(call: CoreCall) -> list[str]:
+    """What none of the core's kernels can do."""
     if not HAS_TRITON:
         return ["Triton is not installed; run: pip install 'attnkit[triton]'"]
     device, dtype = call.q.device, call.q.dtype
@@ -160,7 +161,8 @@ def _triton_refuses(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def _triton_avoids(call: AttentionCall) -> list[str]:
+def triton_avoids(call: CoreCall) -> list[str]:
+    """Where they should not run by themselves."""
     return ["Triton's interpreter only runs when named"] if call.q.device.type == "cpu" else []
 
 
@@ -183,7 +185,7 @@ BACKENDS: tuple[Backend[AttentionCall], ...] = (
     Backend("fa4", _fa4, flash4.refuses, _few_rows),
     Backend("cudnn", _cudnn, _cudnn_refuses, _few_rows),
     Backend("sdpa", _flash, _flash_refuses, _flash_avoids),
-    Backend("triton", _triton, _triton_refuses, _triton_avoids),
+    Backend("triton", _triton, triton_refuses, triton_avoids),
     Backend("torch", _torch, lambda call: []),
     Backend("reference", reference, _reference_refuses, avoids=only_when_named),
 )

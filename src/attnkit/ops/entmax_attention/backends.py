@@ -6,8 +6,9 @@ from torch import Tensor
 
 from attnkit._core.dispatch import Backend, only_when_named
 from attnkit.ops.attention.api import attention
+from attnkit.ops.attention.backends import triton_avoids, triton_refuses
 from attnkit.ops.attention.reference import MAX_PAIRS
-from attnkit.ops.entmax_attention._register import run_blockwise
+from attnkit.ops.entmax_attention._register import run_blockwise, run_triton
 from attnkit.ops.entmax_attention.call import EntmaxAttentionCall
 from attnkit.ops.entmax_attention.reference import reference
 
@@ -42,6 +43,23 @@ def arguments(call: EntmaxAttentionCall) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+_LOWEST = 1.25  # below, 1 / (alpha - 1) magnifies what float32 leaves out of a score
+
+
+def _triton_refuses(call: EntmaxAttentionCall) -> list[str]:
+    reasons = _not_softmax(call) + triton_refuses(call)
+    if call.alphas is not None:
+        reasons.append("alpha as a tensor")
+    elif call.alpha < _LOWEST:
+        reasons.append(f"alpha below {_LOWEST}")
+    return reasons
+
+
+def _triton(call: EntmaxAttentionCall) -> Result:
+    out, tau = run_triton(*arguments(call))
+    return out, tau
+
+
 def _torch(call: EntmaxAttentionCall) -> Result:
     out, tau = run_blockwise(*arguments(call))
     return out, tau
@@ -54,6 +72,7 @@ def _reference_refuses(call: EntmaxAttentionCall) -> list[str]:
 
 BACKENDS: tuple[Backend[EntmaxAttentionCall], ...] = (
     Backend("softmax", _softmax, lambda call: [] if _is_softmax(call) else ["alpha other than 1"]),
+    Backend("triton", _triton, _triton_refuses, triton_avoids),
     Backend("torch", _torch, _not_softmax),
     Backend("reference", reference, _reference_refuses, avoids=only_when_named),
 )

@@ -130,7 +130,7 @@ def _walk_keys(
 
 @triton.jit
 def bwd_dq(
-    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q, tiles,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -175,7 +175,7 @@ def bwd_dq(
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     rows = (b_q, b_d_out, b_lse2, b_delta)
     keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
-    rules = (scale, norm_factor(alphas, head, NORM), left, right, softcap, width, width_v)
+    rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     if tiles is not None:
         tiles += pid.to(tl.int64) * stride_tiles + 1
     if WINDOW:
@@ -267,7 +267,7 @@ def _walk_rows(
 
 @triton.jit
 def bwd_dkdv(
-    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias, tiles, live,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias, tiles, live,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     batch, num_q, num_k, heads, kv_heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -332,7 +332,7 @@ def bwd_dkdv(
         p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
         p_d_out = d_out + i_b * stride_gb + (head + i_h) * stride_gh
         rows = (p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt)
-        rules = (scale, norm_factor(alphas, head + i_h, NORM), left, right, softcap, width, width_v)
+        rules = (scale, norm_factor(gaps, head + i_h, NORM), left, right, softcap, width, width_v)
         if tiles is not None:
             row_tiles = tl.cdiv(num_q, BLOCK_M)
             lists = tiles + (i_b * heads + head + i_h) * row_tiles * stride_tiles

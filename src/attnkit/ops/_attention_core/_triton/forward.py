@@ -78,7 +78,7 @@ def _walk(
 
 @triton.jit
 def _walk_live(
-    tiles, count, start, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    tiles, count, start, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -91,7 +91,7 @@ def _walk_live(
         else:
             first = tl.load(tiles + i)
         a, b, c, acc, live = _visit(
-            first, 0, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
         tl.store(tiles + kept, first, mask=live)
@@ -120,7 +120,7 @@ def _sweep(
         )  # fmt: skip
     else:
         a, b, c, acc, count = _walk_live(
-            tiles, count, head_end, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+            tiles, count, head_end, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # the next pass reads what this one has written
@@ -204,7 +204,7 @@ def _entmax_rows(
 
 @triton.jit
 def fwd(
-    q, k, v, sinks, alphas, key_bias, cu_q, cu_k, q_pos, out, rest, lse, tiles,
+    q, k, v, sinks, gaps, key_bias, cu_q, cu_k, q_pos, out, rest, lse, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -254,7 +254,7 @@ def fwd(
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     span = (lo, head_end, body_end, hi)
     keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
-    rules = (scale, norm_factor(alphas, head, NORM), left, right, softcap, width, width_v)
+    rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
     if ENTMAX:
         if tiles is not None:

@@ -49,8 +49,8 @@ class Launch:
     softcap: float
     stable: str
     _: KW_ONLY
-    norm: str = "softmax"  # or "entmax15", "sparsemax", "entmax" with a learned alpha of each head
-    alphas: Tensor | None = None  # [H]
+    norm: str = "softmax"  # or "entmax15", "sparsemax", "entmax" with an alpha of each head
+    gaps: Tensor | None = None  # [H] float32, alpha - 1 of "entmax"
     num_steps: int = 12  # of the search for tau, at most
     tiles: Tensor | None = None  # [programs, 1 + tiles of keys] int32, the support of each tile of rows as the forward found it
 
@@ -124,7 +124,7 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
 
     Of entmax: out, tau, and, where gradients are needed, sum(u V) / sum(u).
     """
-    packs = p.group > 1 and p.num_q <= _PACK_ROWS and p.alphas is None
+    packs = p.group > 1 and p.num_q <= _PACK_ROWS and p.gaps is None
     group = p.group if packs else 1
     config = p.config("decode" if p.num_q * group <= 16 else "fwd")
     block_m = config.block_m if config.block_m >= group else _power_of_two(group)
@@ -143,7 +143,7 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
     if p.norm != "softmax" and not packs and p.left < 0 and p.cu_q is None and p.q_pos is None:
         p.tiles = p.q.new_empty(programs, 1 + _cdiv(p.num_k, config.block_n), dtype=torch.int32)
     arguments = (
-        p.q, p.k, p.v, p.sinks, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse,
+        p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse,
         p.tiles, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.num_steps,
         0 if p.tiles is None else p.tiles.stride(0),
@@ -231,7 +231,7 @@ def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Te
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
         arguments = (
-            p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q, p.tiles,
+            p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_q, p.tiles,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
             0 if p.tiles is None else p.tiles.stride(0),
@@ -254,7 +254,7 @@ def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tupl
         live = p.tiles.new_empty(programs * parts, _cdiv(p.num_q, config.block_m))
     if d_k.numel():
         arguments = (
-            p.q, p.k, p.v, p.alphas, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
+            p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, d_out, lse2, delta, d_k, d_v, d_bias,
             p.tiles, live, *p.strides(), *d_out.stride()[:3],
             p.batch, p.num_q, p.num_k, p.heads, p.kv_heads, p.num_seqs, tiles, p.group, *p.scalars(),
             0 if p.tiles is None else p.tiles.stride(0), 0 if live is None else live.stride(0),

@@ -122,14 +122,14 @@ def softmax_step(t, c, v, m, total, rounded, acc, GUARD: tl.constexpr, NORM: tl.
 
 
 @triton.jit
-def norm_factor(alphas, head, NORM: tl.constexpr):
+def norm_factor(gaps, head, NORM: tl.constexpr):
     """What scores are multiplied by before the norm sees them."""
     if NORM == "entmax15":
         return 0.5
     elif NORM == "sparsemax":
         return 1.0
     elif NORM == "entmax":
-        return tl.load(alphas + head).to(tl.float32) - 1.0
+        return tl.load(gaps + head)
     else:
         return LOG2E
 
