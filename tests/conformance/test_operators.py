@@ -1,8 +1,12 @@
 """Every operator x case x dtype x backend against float64, the invariances of each, and what a spec names."""
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
+from attnkit._core.dispatch import Backend
 from attnkit._core.invariance import Invariance
 from attnkit._core.opspec import Case, OpSpec
 from attnkit.lab.numerics import BACKWARD_SITES, BF16, FORWARD_SITES, SitePolicy, conformance
@@ -82,3 +86,20 @@ def test_run_reports_every_cell_once() -> None:
     assert {"out", "d_outs", "ulp_row", "bias", "out, parts permuted", "lse, outs x 8", "out, alone"} <= {
         row.quantity for row in rows
     }
+
+
+def test_a_backend_that_takes_no_gradients_is_not_asked_for_them() -> None:
+    """FlashAttention-4 is such a one, at some widths."""
+    spec = OPS["attention"]
+    forward_only = Backend("forward only", spec.backends[0].run, lambda call: ["gradients"] if call.needs_grad else [])
+
+    def function(*, backend: str, **inputs: Any) -> Any:
+        assert backend == "forward only"
+        assert not any(isinstance(value, torch.Tensor) and value.requires_grad for value in inputs.values())
+        return spec.function(**inputs, backend="reference")
+
+    picky = dataclasses.replace(spec, backends=(forward_only,), function=function)
+    case = next(case for case in spec.cases if case.name == "one token")
+    assert case.grads
+    assert conformance.check(picky, case, torch.float32) == []
+    _assert_ok(conformance.check(picky, dataclasses.replace(case, grads=()), torch.float32))

@@ -261,6 +261,20 @@ def test_spectral_norms_follow_a_matrix_that_moves() -> None:
         assert found == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=0.01)
 
 
+def test_spectral_norms_of_many_matrices_are_those_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two shapes, two or one at a time, some of them newly come."""
+    monkeypatch.setattr("attnkit.lab.numerics.spectral._TOGETHER", 2 * 24 * 40)
+    torch.manual_seed(0)
+    sizes = [(24, 40)] * 5 + [(36, 40)] * 2
+    matrices = {f"w{i}": (i + 1) * torch.randn(*size) for i, size in enumerate(sizes)}
+    norms = SpectralNorms()
+    for names in (["w5", "w0", "w2"], ["w2", "w6", "w1", "w0", "w3", "w5", "w4"]):
+        found = norms.measure({name: matrices[name] for name in names})
+        assert list(found) == names
+    for name, value in found.items():
+        assert value == pytest.approx(torch.linalg.matrix_norm(matrices[name], 2).item(), rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     model = tiny()
