@@ -11,6 +11,9 @@ if not torch.cuda.is_available():  # before anything imports Triton: kernels the
 
 from attnkit._core import devices
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other while they spin
+    torch.set_num_threads(1)
+
 try:
     import pytest_socket
 except ModuleNotFoundError:  # a machine without a network lacks the plugin, and needs it least

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnkit.lab.numerics import BF16, Probed, ProbeReport, ulp
+from attnkit.lab.numerics import BF16, Measured, Probed, ulp
 
 VOCABULARY, LENGTH = 32, 32
 
@@ -46,7 +46,7 @@ def plant_drift(monkeypatch: pytest.MonkeyPatch, head: int, share: float) -> Non
     """From now on probes find eps = share * |delta| more than there is, in one head of every layer."""
     finish = Probed.finish
 
-    def planted(self: Probed, d_out: Tensor | None = None) -> ProbeReport:
+    def planted(self: Probed, d_out: Tensor | None = None) -> Measured:
         assert d_out is not None
         grad = d_out[self.sequences[:, None], self.rows].double()
         delta = (grad * self.true).sum(-1, keepdim=True)

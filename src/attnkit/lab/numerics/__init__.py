@@ -31,10 +31,11 @@ from attnkit.lab.numerics.formats import (
 from attnkit.lab.numerics.golden import golden_attention
 from attnkit.lab.numerics.inputs import DISTRIBUTIONS, Distribution, tied_maxima
 from attnkit.lab.numerics.localiser import localise
+from attnkit.lab.numerics.measured import Measured, ProbeReport
 from attnkit.lab.numerics.metrics import Deviation, attribute_sites, deviation
 from attnkit.lab.numerics.monitor import StabilityMonitor
 from attnkit.lab.numerics.policy import BACKWARD_SITES, FORWARD_SITES, Rounding, SitePolicy
-from attnkit.lab.numerics.probe import Probed, ProbeReport, RoundingBiasProbe
+from attnkit.lab.numerics.probe import Probed, RoundingBiasProbe
 from attnkit.lab.numerics.reproduce import Reproduction
 from attnkit.lab.numerics.shift import dynamic_max_shift
 from attnkit.lab.numerics.sweep import DeviationSweep
@@ -71,6 +72,7 @@ __all__ = [
     "tied_maxima",
     "RoundingBiasProbe",
     "ProbeReport",
+    "Measured",
     "Probed",
     "StabilityMonitor",
     "localise",

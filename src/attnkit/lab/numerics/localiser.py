@@ -124,6 +124,7 @@ def _samples(
         finally:
             watch.remove()
             model.zero_grad(set_to_none=True)
+        watch.collect()
         for name, reason in watch.lost.items():
             raise InputError(f"{name}, batch {number}: {reason}")
         for name, found in watch.found.items():

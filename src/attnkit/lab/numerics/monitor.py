@@ -60,7 +60,6 @@ class StabilityMonitor:
     Raises:
         UnsupportedError: no such layer.
         OptionError: a number below 1, or an unknown action.
-        InputError: (in the forward pass) a layer is given NaN or infinities.
     Source: Qiu & Yao 2025 (arXiv:2510.04212). Levels and the test are ours.
     """
 
@@ -89,9 +88,11 @@ class StabilityMonitor:
 
         Raises:
             CheckFailed: a layer rose to warn or above and `action` is "raise".
+            InputError: a layer was given NaN or infinities.
         """
         if self._due:
             self._watch.remove()
+            self._watch.collect()
             started = time.perf_counter()
             self._judge()
             self._spent += time.perf_counter() - started

@@ -7,69 +7,27 @@ have to be kept until the gradient comes.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnkit._core.errors import InputError, OptionError, ShapeError
+from attnkit._core.errors import OptionError, ShapeError
 from attnkit.lab.numerics.formats import BF16, FP16, FP32, FP64, FloatFormat, round_to, ulp
+from attnkit.lab.numerics.measured import Measured, ProbeReport
 from attnkit.lab.numerics.sampled import (
     heads_last,
     keys_and_values,
     pick,
-    require_finite,
     sample_rows,
     scores_of,
     seen_keys,
 )
 from attnkit.ops.attention.call import prepare
 
-__all__ = ["FACTS", "ProbeReport", "Probed", "RoundingBiasProbe"]
+__all__ = ["FACTS", "Probed", "RoundingBiasProbe"]
 
 _FORMATS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32, torch.float64: FP64}
 FACTS = ("o_bias", "tie_rate", "sink_mass", "entropy", "max_logit", "v_anisotropy")
-
-
-@dataclass(frozen=True)
-class ProbeReport:
-    """One call, by query head: float64 tensors [H] on the CPU, means over the sampled rows unless said otherwise.
-
-    Attributes:
-        rows: how many were sampled.
-        eps_bias: delta as the backward pass forms it, less delta in float64; None without the gradient of the output.
-        delta_size: abs(delta) in float64, what `eps_bias` is to be compared with; None as above.
-        shift_leak: sum of a row's score gradients, which is 0 in exact arithmetic, in terms of `delta_size`; None as above.
-            It is -eps_bias / delta_size where the log-sum-exp is exact.
-        o_bias: error of the stored output away from zero, in units in the last place: mean error over mean unit, since the
-            units of elements that are small by cancellation would drown the others.
-        tie_rate: share of the rows in which two keys or more have a probability that rounds to 1 (before the division).
-        sink_mass: probability of the first key that a row sees.
-        entropy: of the probabilities, nats.
-        max_logit: largest scaled score of all rows.
-        v_anisotropy: largest abs(mean) / standard deviation of a channel of the values, over the keys.
-    """
-
-    rows: int
-    eps_bias: Tensor | None
-    delta_size: Tensor | None
-    shift_leak: Tensor | None
-    o_bias: Tensor
-    tie_rate: Tensor
-    sink_mass: Tensor
-    entropy: Tensor
-    max_logit: Tensor
-    v_anisotropy: Tensor
-
-    def relative_eps(self) -> Tensor:
-        """[H]: `eps_bias` in terms of `delta_size`; one number a call, whatever the scale of the loss.
-
-        Raises:
-            InputError: the gradient of the output was not known.
-        """
-        if self.eps_bias is None or self.delta_size is None:
-            raise InputError("eps is not known without the gradient of the output; give d_out")
-        return self.eps_bias / self.delta_size.clamp(min=1e-300)
 
 
 @dataclass(frozen=True)
@@ -81,7 +39,8 @@ class Probed:
         used: [m, r, H, Dv], the output that delta is formed from.
         true: [m, r, H, Dv], the output in float64.
         mixed, mass: [m, r, H, Dv] and [m, r, H], sums of P V and of P with the probabilities of the backward pass.
-        facts: name -> [H] on the device, what does not need the gradient.
+        facts: name -> [H], what does not need the gradient.
+        finite: "q", "k", "v", "out" -> bool, whether what the sampled rows see of it is finite.
     """
 
     sequences: Tensor
@@ -91,24 +50,19 @@ class Probed:
     mixed: Tensor
     mass: Tensor
     facts: dict[str, Tensor] = field(repr=False)
+    finite: dict[str, Tensor] = field(repr=False)
 
-    def finish(self, d_out: Tensor | None = None) -> ProbeReport:
-        """The report, given the gradient of the output, [B, T, H, Dv] or packed [R, H, Dv].
-
-        Raises:
-            InputError: the gradient of a sampled row is not finite.
-        """
-        found = self.facts
+    def finish(self, d_out: Tensor | None = None) -> Measured:
+        """What is to be reported, given the gradient of the output, [B, T, H, Dv] or packed [R, H, Dv]."""
+        found, finite = self.facts, self.finite
         if d_out is not None:
             grad = pick(d_out, self.sequences, self.rows)
-            require_finite("d_out", grad)
             delta, used = ((grad * out).sum(-1) for out in (self.true, self.used))
             eps, size = _by_head((grad * (self.used - self.true)).sum(-1)), _by_head(delta.abs())
             leak = _by_head((grad * self.mixed).sum(-1) - used * self.mass) / size.clamp(min=1e-300)
             found = found | {"eps_bias": eps, "delta_size": size, "shift_leak": leak}
-        table = torch.stack(list(found.values())).cpu()  # one wait for the device
-        named: dict[str, Any] = dict.fromkeys(("eps_bias", "delta_size", "shift_leak")) | dict(zip(found, table, strict=True))
-        return ProbeReport(self.rows.numel(), **named)
+            finite = finite | {"d_out": torch.isfinite(grad).all()}
+        return Measured(self.rows.numel(), found, finite)
 
 
 @dataclass(frozen=True)
@@ -156,15 +110,15 @@ class RoundingBiasProbe:
         cu_seqlens_k: Tensor | None = None,
         stable: str = "off",
     ) -> ProbeReport:
-        """Look at a call whose gradient is known already, or not wanted: `look(...).finish(d_out)`.
+        """Look at a call whose gradient is known already, or not wanted: `look(...).finish(d_out).report()`.
 
         Raises:
-            what `look` and `Probed.finish` raise.
+            what `look` and `Measured.report` raise.
         """
         return self.look(
             q, k, v, out=out, lse=lse, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, stable=stable,
-        ).finish(d_out)  # fmt: skip
+        ).finish(d_out).report()  # fmt: skip
 
     @torch.no_grad()
     def look(
@@ -185,7 +139,7 @@ class RoundingBiasProbe:
         max_seqlen_k: int | None = None,
         stable: str = "off",
     ) -> Probed:
-        """Look at a call before its gradient is known.
+        """Look at a call before its gradient is known, without waiting for the device.
 
         Args:
             q, k, v, causal, scale, window_size, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: of the
@@ -197,7 +151,6 @@ class RoundingBiasProbe:
                 the last place at most. "exact_delta": as it should be, so that eps is 0 by construction.
         Raises:
             ShapeError, DTypeError, OptionError, UnsupportedError: as `attnkit.ops.attention` raises them.
-            InputError: NaN or infinities in what the sampled rows see.
         """
         call = prepare(
             q, k, v, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias, cu_seqlens_q=cu_seqlens_q,
@@ -210,7 +163,9 @@ class RoundingBiasProbe:
         sequences, rows = sample_rows(q, self.rows, self.seed)
         seen = seen_keys(call, sequences, rows)
         keys, values = keys_and_values(call, sequences, seen)
-        scores = scores_of(call, sequences, rows, keys, seen)
+        finite = {"q": pick(q, sequences, rows), "k": keys, "v": values}
+        keys, values = keys.double(), values.double()
+        scores = scores_of(call, sequences, finite["q"], keys, seen)
         top = scores.amax(-1, keepdim=True)
         top = top.masked_fill(torch.isneginf(top), 0)
         raw = torch.exp(scores - top)  # [m, Hkv, G, r, S]
@@ -223,11 +178,20 @@ class RoundingBiasProbe:
             kept = torch.exp(scores - base.masked_fill(torch.isneginf(base), 0))
             mixed, mass = heads_last(kept @ values), heads_last(kept.sum(-1, keepdim=True))[..., 0]
         stored = round_to(true, fmt) if out is None else pick(out, sequences, rows)
-        require_finite("out", stored)
+        finite["out"] = stored
         outward = _by_head(((stored - true) * true.sign()).mean(-1)) / _by_head(ulp(true, fmt).mean(-1))
         facts = {"o_bias": outward, **_facts(scores, raw, p, fmt, seen), "v_anisotropy": _lean(values, seen)}
         facts["v_anisotropy"] = facts["v_anisotropy"].repeat_interleave(raw.shape[2])
-        return Probed(sequences, rows, _used(stored, true, fmt, stable), true, mixed, mass, facts)
+        return Probed(
+            sequences,
+            rows,
+            _used(stored, true, fmt, stable),
+            true,
+            mixed,
+            mass,
+            facts,
+            {name: torch.isfinite(t).all() for name, t in finite.items()},
+        )
 
 
 def _facts(scores: Tensor, raw: Tensor, p: Tensor, fmt: FloatFormat, seen: Tensor) -> dict[str, Tensor]:
@@ -241,10 +205,10 @@ def _facts(scores: Tensor, raw: Tensor, p: Tensor, fmt: FloatFormat, seen: Tenso
 
 def _lean(values: Tensor, seen: Tensor) -> Tensor:
     """[Hkv]: the largest abs(mean) / standard deviation of a channel, over the keys that some sampled row sees."""
-    weight = seen.any(-2)[..., None].double().expand(*values.shape[:-1], 1)
-    count = weight.sum((0, 2, 3))
-    mean = (weight * values).sum((0, 2, 3)) / count
-    variance = (weight * (values - mean[:, None, None]).square()).sum((0, 2, 3)) / count
+    weight = seen.any(-2)[..., None, :].double().expand(*values.shape[:-2], 1, values.shape[-2])
+    count = weight.sum((0, 2, 4))
+    mean, square = ((weight @ t).sum((0, 2, 3)) / count for t in (values, values.square()))
+    variance = (square - mean.square()).clamp(min=0)
     return (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1)
 
 

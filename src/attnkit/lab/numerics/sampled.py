@@ -1,14 +1,14 @@
 """Sampled rows of a call of attention: what they see, and their scores in float64."""
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from attnkit._core.errors import InputError, ShapeError
+from attnkit._core.errors import ShapeError
 from attnkit.ops.attention.call import AttentionCall
 
-__all__ = ["heads_last", "keys_and_values", "pick", "require_finite", "sample_rows", "scores_of", "seen_keys"]
+__all__ = ["heads_last", "keys_and_values", "pick", "sample_rows", "scores_of", "seen_keys"]
 
 _SEQUENCES = 4  # of a batch, among which the rows are shared out
 
@@ -22,11 +22,17 @@ def sample_rows(q: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:
     batch, count = (1, q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[1])
     if not batch * count:
         raise ShapeError(f"q has shape {tuple(q.shape)}; there is no row to look at")
+    return _sample_rows(batch, count, rows, seed, q.device)
+
+
+@lru_cache(maxsize=32)
+def _sample_rows(batch: int, count: int, rows: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept: copying them to a GPU waits for it."""
     generator = torch.Generator().manual_seed(seed)
     sequences = torch.randperm(batch, generator=generator)[:_SEQUENCES].sort().values
     each = min(count, -(-rows // len(sequences)))
     chosen = torch.stack([torch.randperm(count, generator=generator)[:each].sort().values for _ in sequences])
-    return sequences.to(q.device), chosen.to(q.device)
+    return sequences.to(device), chosen.to(device)
 
 
 def seen_keys(call: AttentionCall, sequences: Tensor, rows: Tensor) -> Tensor:
@@ -60,20 +66,16 @@ def _bias(call: AttentionCall, sequences: Tensor) -> Tensor:
     return bias.transpose(1, 2)[:, :, None, None]
 
 
-def keys_and_values(call: AttentionCall, sequences: Tensor, seen: Tensor) -> Iterator[Tensor]:
-    """Keys and values [m, Hkv, 1, S, *] in float64; what no sampled row sees may hold anything, and is 0."""
+def keys_and_values(call: AttentionCall, sequences: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [m, Hkv, 1, S, *]; what no sampled row sees may hold anything, and is 0."""
     unseen = ~seen.any(-2)[..., None]  # [m, 1 or Hkv, 1, S, 1]
-    for name, tensor in (("k", call.k), ("v", call.v)):
-        batched = tensor[None] if tensor.dim() == 3 else tensor
-        picked = batched[sequences].double().transpose(1, 2)[:, :, None].masked_fill(unseen, 0)
-        require_finite(name, picked)
-        yield picked
+    batched = (tensor[None] if tensor.dim() == 3 else tensor for tensor in (call.k, call.v))
+    keys, values = (tensor[sequences].transpose(1, 2)[:, :, None].masked_fill(unseen, 0) for tensor in batched)
+    return keys, values
 
 
-def scores_of(call: AttentionCall, sequences: Tensor, rows: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
-    """[m, Hkv, G, r, S] in float64, -inf where a row does not see a key."""
-    queries = pick(call.q, sequences, rows)
-    require_finite("q", queries)
+def scores_of(call: AttentionCall, sequences: Tensor, queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
+    """[m, Hkv, G, r, S] in float64, -inf where a row does not see a key; from sampled queries [m, r, H, D]."""
     queries = queries.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
     scores: Tensor = queries @ keys.transpose(-1, -2) * call.scale
     if call.key_bias is not None:
@@ -91,13 +93,3 @@ def pick(tensor: Tensor, sequences: Tensor, rows: Tensor) -> Tensor:
 def heads_last(t: Tensor) -> Tensor:
     """[m, Hkv, G, r, *] -> [m, r, H, *]."""
     return t.permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Refuse NaN and infinities.
-
-    Raises:
-        InputError: names the argument.
-    """
-    if not torch.isfinite(tensor).all():
-        raise InputError(f"{name} holds NaN or infinities in the sampled rows; find out where they come from first")

@@ -13,8 +13,9 @@ from attnkit.lab.numerics.drift import normal_score
 from attnkit.lab.numerics.emulate import Stable, emulated_attention
 from attnkit.lab.numerics.formats import BF16, custom, round_to
 from attnkit.lab.numerics.localiser import changed
+from attnkit.lab.numerics.measured import ProbeReport
 from attnkit.lab.numerics.policy import Preset, SitePolicy
-from attnkit.lab.numerics.probe import ProbeReport, RoundingBiasProbe
+from attnkit.lab.numerics.probe import RoundingBiasProbe
 from attnkit.lab.numerics.spectral import SpectralNorms
 from attnkit.lab.numerics.watch import Watch, attention_layers
 
@@ -137,6 +138,7 @@ def train(model: Any, batches: Iterator[Batch], arm: Arm, training: Training) ->
         optimizer.zero_grad()
         if sampled:
             watch.remove()
+            watch.collect()
             for name, found in watch.found.items():
                 weights = {f"{name}.{side}": getattr(layers[name], f"{side}_proj").weight for side in "qk"}
                 series[name].add(step, loss.item(), found, list(norms.measure(weights).values()))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from attnkit.lab.numerics.drift import ALARM_Z, MIN_SAMPLES, WINDOW, Drift
-from attnkit.lab.numerics.probe import FACTS, ProbeReport
+from attnkit.lab.numerics.measured import ProbeReport
+from attnkit.lab.numerics.probe import FACTS
 
 __all__ = ["LEVELS", "Track"]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnkit._core.errors import InputError, UnsupportedError
-from attnkit.lab.numerics.probe import Probed, ProbeReport, RoundingBiasProbe
+from attnkit.lab.numerics.measured import NOT_FINITE, Measured, ProbeReport, reports
+from attnkit.lab.numerics.probe import Probed, RoundingBiasProbe
 from attnkit.modules import SoftmaxAttention
 
 __all__ = ["Watch", "attention_layers"]
@@ -39,7 +40,7 @@ class Watch:
         probe: what looks.
 
     Attributes:
-        found: layer -> report, complete after the backward pass.
+        found: layer -> report, as of `collect`.
         lost: layer -> why its gradient could not be used.
         seconds: spent looking, on the host.
     """
@@ -50,6 +51,7 @@ class Watch:
         self.lost: dict[str, str] = {}
         self.seconds = 0.0
         self._probed: dict[str, Probed] = {}
+        self._measured: dict[str, Measured] = {}
         self._undo = ExitStack()
 
     def install(self) -> None:
@@ -57,7 +59,7 @@ class Watch:
 
         Compiled parts of any model run uncompiled until `remove`.
         """
-        self.found, self.lost, self._probed = {}, {}, {}
+        self.found, self.lost, self._probed, self._measured = {}, {}, {}, {}
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it would take seconds
             self._undo.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in self._layers.items():
@@ -67,6 +69,24 @@ class Watch:
     def remove(self) -> None:
         """Leave the layers as they were; a second call does nothing."""
         self._undo.close()
+
+    def collect(self) -> None:
+        """Fill `found` and `lost` after a backward pass: here, and only here, the host waits for the device.
+
+        Raises:
+            InputError: a layer was given NaN or infinities.
+        """
+        started = time.perf_counter()
+        for (name, _), (report, faults) in zip(self._measured.items(), reports(list(self._measured.values())), strict=True):
+            inputs = [fault for fault in faults if fault != "d_out"]
+            if inputs:
+                raise InputError(f"{name}: {inputs[0]} {NOT_FINITE}")
+            if faults:
+                self.lost[name] = f"d_out {NOT_FINITE}"
+            else:
+                self.found[name] = report
+        self._measured = {}
+        self.seconds += time.perf_counter() - started
 
     def _watched(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -81,18 +101,12 @@ class Watch:
     def _look(self, name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         started = time.perf_counter()
         options.pop("out_dtype", None)
-        try:
-            self._probed[name] = self._probe.look(q, k, v, out=out, **options)
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from error
+        self._probed[name] = self._probe.look(q, k, v, out=out, **options)
         out.register_hook(partial(self._receive, name))
         self.seconds += time.perf_counter() - started
 
     def _receive(self, name: str, d_out: Tensor) -> None:
         """The gradient of a layer's output has come."""
         started = time.perf_counter()
-        try:
-            self.found[name] = self._probed[name].finish(d_out)
-        except InputError as error:
-            self.lost[name] = str(error)
+        self._measured[name] = self._probed[name].finish(d_out)
         self.seconds += time.perf_counter() - started

@@ -20,7 +20,7 @@ from attnkit.ops.attention.problem import Problem
 __all__ = ["Interface", "register", "run_blockwise", "run_fa4", "run_triton"]
 
 Results = tuple[Tensor, ...]
-Forward = tuple[Tensor, Tensor, Tensor | None]  # out, lse, and what rounding took from out
+Forward = tuple[Any, ...]  # out, lse, and what else the backward pass needs, each a tensor or None
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,21 @@ class Interface:
     """What an operator on the core takes and returns beyond what all of them do.
 
     All take (q, k, v, PER_HEAD, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos, OPTIONS, LAST) and return out, a number for
-    each row, and a further tensor for the backward pass or None; all have gradients of the first five.
+    each row, and further tensors for the backward pass or None in their place; all have gradients of the first five.
 
     Attributes:
         per_head: the name of the tensor [H] (None: not given).
         options: declarations of plain options, which the backward pass is given too.
         last: declaration of one that only the forward pass takes.
         fake: the forward pass on shapes.
+        kept: how many further tensors there are.
     """
 
     per_head: str
     options: str
     last: str
     fake: Callable[..., Results]
+    kept: int = 1
 
     @property
     def inputs(self) -> str:
@@ -81,8 +83,8 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Te
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    ctx.save_for_backward(*inputs[:8], *output)
-    ctx.options = inputs[8:-1]  # the last is for the forward pass alone
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.options = inputs[_TENSORS:-1]  # the last is for the forward pass alone
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,10 +94,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     return out, q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype)), rest
 
 
-def _backward_fake(
-    d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, need_bias: bool,
-    q: Tensor, k: Tensor, v: Tensor, *inputs: Any,
-) -> Results:  # fmt: skip
+def _backward_fake(need_bias: bool, q: Tensor, k: Tensor, v: Tensor, *inputs: Any) -> Results:
     sinks, key_bias = inputs[:2]
     d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     d_key_bias = key_bias.new_empty(key_bias.shape) if need_bias and key_bias is not None else q.new_empty(0)
@@ -105,7 +104,7 @@ def _backward_fake(
 SOFTMAX = Interface(
     "sinks", "float scale, int left, int right, float softcap, str stable", "ScalarType out_dtype", _forward_fake
 )
-_RESULTS = "Tensor d_out, Tensor d_lse, Tensor out, Tensor lse, Tensor rest, bool need_bias"
+_TENSORS = 8  # inputs that are tensors
 _GRADS = ", ".join(["Tensor"] * 5)
 
 
@@ -131,23 +130,27 @@ def _direct(run: Callable[..., Forward], gradient: Callable[..., tuple[Tensor | 
         @once_differentiable
         def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
             if d_out is None:
-                d_out = torch.zeros_like(ctx.saved_tensors[-3])
+                d_out = torch.zeros_like(ctx.saved_tensors[_TENSORS])
             return gradient(ctx, d_out, d_lse)
 
     return Direct
 
 
-def _traced(run: Callable[..., Forward], run_backward: Callable[..., Results]) -> tuple[Callable[..., Results], ...]:
+def _split(args: tuple[Any, ...], kept: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What the backward pass gets: (d_out, d_lse, out, lse, *kept), and (need_bias, q, ...)."""
+    return args[: 4 + kept], args[4 + kept :]
+
+
+def _traced(run: Callable[..., Forward], run_backward: Callable[..., Results], kept: int) -> tuple[Callable[..., Results], ...]:
     """Both passes with the operators' schemas, which know no tensor that may be absent among results: an empty one does."""
 
     def forward(q: Tensor, *args: Any) -> Results:
-        out, lse, rest = run(q, *args)
-        return out, lse.contiguous(), out.new_empty(0) if rest is None else rest
+        out, lse, *others = run(q, *args)
+        return out, lse.contiguous(), *(out.new_empty(0) if t is None else t for t in others)
 
-    def backward(
-        d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor, rest: Tensor, need_bias: bool, *inputs: Any
-    ) -> Results:
-        return run_backward(d_out, d_lse, out, lse, rest if rest.numel() else None, need_bias, *inputs)
+    def backward(*args: Any) -> Results:
+        (d_out, d_lse, out, lse, *others), rest = _split(args, kept)
+        return run_backward(d_out, d_lse, out, lse, *(t if t.numel() else None for t in others), *rest)
 
     return forward, backward
 
@@ -161,25 +164,17 @@ def register(
     torch.library wraps around them cost as much as launching the kernels. Whoever traces or watches sees the operators.
     """
 
+    kept = interface.kept
+
     def run(q: Tensor, *args: Any) -> Forward:
         *inputs, last = args
-        out, lse, rest = forward(_batched(q, *inputs), last)
-        if q.dim() == 4:
-            return out, lse, rest
-        return out[0], lse[0], None if rest is None else rest[0]
+        results = forward(_batched(q, *inputs), last)
+        return results if q.dim() == 4 else tuple(None if t is None else t[0] for t in results)
 
-    def run_backward(
-        d_out: Tensor,
-        d_lse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        rest: Tensor | None,
-        need_bias: bool,
-        q: Tensor,
-        *inputs: Any,
-    ) -> Results:
+    def run_backward(*args: Any) -> Results:
+        results, (need_bias, q, *inputs) = _split(args, kept)
         packed = q.dim() == 3
-        results = (t[None] if packed and t is not None else t for t in (d_out, d_lse, out, lse, rest))
+        results = tuple(t[None] if packed and t is not None else t for t in results)
         grads = backward(_batched(q, *inputs), *results, need_bias)
         if not packed:
             return grads
@@ -187,23 +182,24 @@ def register(
         return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
 
     def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, out, lse, rest = ctx.saved_tensors
+        tensors, results = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
         need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
-        grads = through(d_out, d_lse, out, lse, rest, need_bias, *tensors, *ctx.options)
+        grads = through(d_out, d_lse, *results, need_bias, *tensors, *ctx.options)
         d_sinks = None if tensors[3] is None else grads[3]
         d_key_bias = grads[4] if need_bias else None
         return (*grads[:3], d_sinks, d_key_bias, *[None] * (len(ctx.options) + 4))
 
-    forward_traced, backward_traced = _traced(run, run_backward)
-    schema = f"{name}({interface.inputs}, {interface.last}) -> (Tensor, Tensor, Tensor)"
-    operator = define(schema, forward_traced, interface.fake)
-    schema = f"{name}_backward({_RESULTS}, {interface.inputs}) -> ({_GRADS})"
-    backward_op = define(schema, backward_traced, _backward_fake)
+    forward_traced, backward_traced = _traced(run, run_backward, kept)
+    results = ", ".join(["Tensor"] * (2 + kept))
+    operator = define(f"{name}({interface.inputs}, {interface.last}) -> ({results})", forward_traced, interface.fake)
+    results = ", ".join(f"Tensor {t}" for t in ("d_out", "d_lse", "out", "lse", *(f"kept{i}" for i in range(kept))))
+    schema = f"{name}_backward({results}, bool need_bias, {interface.inputs}) -> ({_GRADS})"
+    backward_op = define(schema, backward_traced, lambda *args: _backward_fake(*_split(args, kept)[1]))
     direct = _direct(run, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse))
-    define_gradient(name, _save, lambda ctx, d_out, d_lse, _: gradient(ctx, backward_op, d_out, d_lse))
+    define_gradient(name, _save, lambda ctx, d_out, d_lse, *_: gradient(ctx, backward_op, d_out, d_lse))
 
     def call(*args: Any) -> Any:
-        if not _plain(args[:8]):
+        if not _plain(args[:_TENSORS]):
             return operator(*args)[:2]
         return direct.apply(*args) if torch.is_grad_enabled() else run(*args)[:2]
 

@@ -1,9 +1,10 @@
 """The private torch operators behind `entmax_attention`.
 
 Any backend is a pair of functions on batched inputs (packed sequences are a batch of one), registered by `register`:
-forward(inputs, keep) -> (out, tau, O2 or None) and backward(inputs, d_out, None, out, tau, O2, False) -> gradients of q, k,
-v, alphas and nothing, where inputs = (q, k, v, alphas, key_bias, cu_seqlens_q, cu_seqlens_k, None, scale, left, right, softcap,
-alpha, n_refine). `alphas` [H] in the accumulation dtype stands for `alpha` where it is given.
+forward(inputs, keep) -> (out, tau, O2 or None, tiles or None) and backward(inputs, d_out, None, out, tau, O2, tiles, False) ->
+gradients of q, k, v, alphas and nothing, where inputs = (q, k, v, alphas, key_bias, cu_seqlens_q, cu_seqlens_k, None, scale,
+left, right, softcap, alpha, n_refine). `alphas` [H] in the accumulation dtype stands for `alpha` where it is given; `tiles` are
+the lists of the tiles of keys that the kernels' forward pass found in the support.
 """
 
 from typing import Any
@@ -17,8 +18,9 @@ from attnkit.ops.attention._register import Interface, register
 from attnkit.ops.attention.problem import Problem
 from attnkit.ops.entmax_attention import blockwise
 
-__all__ = ["ENTMAX", "problem", "run_blockwise", "run_triton"]
+__all__ = ["problem", "run_blockwise", "run_triton"]
 
+Results = tuple[Tensor | None, ...]
 _NORMS = {1.5: "entmax15", 2.0: "sparsemax"}
 
 
@@ -29,18 +31,12 @@ def problem(inputs: tuple[Any, ...]) -> tuple[Problem, Tensor | None, float]:
     return Problem.of(q, k, v, None, *masks, block_q=blockwise.BLOCK_Q), alphas, alpha
 
 
-def _forward(inputs: tuple[Any, ...], keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    return blockwise.forward(*problem(inputs), keep)
+def _forward(inputs: tuple[Any, ...], keep: bool) -> Results:
+    return *blockwise.forward(*problem(inputs), keep), None
 
 
 def _backward(
-    inputs: tuple[Any, ...],
-    d_out: Tensor,
-    d_tau: Tensor | None,
-    out: Tensor,
-    tau: Tensor,
-    second: Tensor,
-    need_bias: bool,
+    inputs: tuple[Any, ...], d_out: Tensor, d_tau: None, out: Tensor, tau: Tensor, second: Tensor, tiles: None, need_bias: bool
 ) -> tuple[Tensor, ...]:
     grads = blockwise.backward(*problem(inputs), d_out, tau, second)
     return (*grads, d_out.new_empty(0))
@@ -55,37 +51,53 @@ def _launch(inputs: tuple[Any, ...]) -> Any:
     return Launch(q, k, v, None, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, "off", norm=norm, gaps=gaps)
 
 
-def _triton_forward(inputs: tuple[Any, ...], keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _triton_forward(inputs: tuple[Any, ...], keep: bool) -> Results:
     from attnkit.ops._attention_core._triton import launch
 
     with current(inputs[0].device):
-        return launch.forward(_launch(inputs), inputs[0].dtype, keep)
+        p = _launch(inputs)
+        results = launch.forward(p, inputs[0].dtype, keep)
+    return *results, p.tiles if keep else None
 
 
 def _triton_backward(
     inputs: tuple[Any, ...],
     d_out: Tensor,
-    d_tau: Tensor | None,
+    d_tau: None,
     out: Tensor,
     tau: Tensor,
     second: Tensor,
+    tiles: Tensor | None,
     need_bias: bool,
 ) -> tuple[Tensor, ...]:
     from attnkit.ops._attention_core._triton import launch
 
     with current(d_out.device):
-        d_q, d_k, d_v, *_ = launch.backward(_launch(inputs), d_out, None, second, tau, None, False)
+        p = _launch(inputs)
+        p.tiles = tiles
+        d_q, d_k, d_v, *_ = launch.backward(p, d_out, None, second, tau, None, False)
     return d_q, d_k, d_v, d_out.new_empty(0), d_out.new_empty(0)
 
 
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     tau = q.new_empty(q.shape[:-1], dtype=accumulator_dtype(q.dtype))
-    return out, tau, torch.empty_like(out) if args[-1] else out.new_empty(0)
+    return out, tau, torch.empty_like(out) if args[-1] else out.new_empty(0), out.new_empty(0)
 
 
-ENTMAX = Interface(
-    "alphas", "float scale, int left, int right, float softcap, float alpha, int n_refine", "bool keep", _forward_fake
+def _triton_forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    from attnkit.ops._attention_core._triton import launch
+
+    results = _forward_fake(q, *args)
+    shape = launch.lists_shape(_launch((q, *args[:-1]))) if args[-1] and q.dim() == 4 and q.numel() else None
+    return results if shape is None else (*results[:3], q.new_empty(shape, dtype=torch.int32))
+
+
+_OPTIONS = "float scale, int left, int right, float softcap, float alpha, int n_refine"
+run_blockwise = register("entmax_attention", _forward, _backward, Interface("alphas", _OPTIONS, "bool keep", _forward_fake, 2))
+run_triton = register(
+    "entmax_attention_triton",
+    _triton_forward,
+    _triton_backward,
+    Interface("alphas", _OPTIONS, "bool keep", _triton_forward_fake, 2),
 )
-run_blockwise = register("entmax_attention", _forward, _backward, ENTMAX)
-run_triton = register("entmax_attention_triton", _triton_forward, _triton_backward, ENTMAX)

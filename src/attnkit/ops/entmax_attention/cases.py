@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from attnkit._core.checks import FLOATS
 from attnkit._core.opspec import Case
 
 __all__ = ["CASES"]
 
 Make = Callable[[torch.Generator], dict[str, Any]]
+HALVES = (torch.float16, torch.bfloat16)
 QKV = ("q", "k", "v")
 
 
@@ -103,7 +103,7 @@ CASES = (
         QKV,
     ),
     Case("packed, an alpha for each head", _packed([40, 0, 33], learned=True), (*QKV, "alpha"), ("alpha",)),
-    Case("values around 2", _dense(127, 192, heads=(4, 2), batch=2, width=64, mean=2.0, return_aux=True), QKV, bias=FLOATS),
+    Case("values around 2", _dense(127, 192, heads=(4, 2), batch=2, width=64, mean=2.0, return_aux=True), QKV, bias=HALVES),
     Case("no queries", _dense(0, 7, causal=True), QKV),
     Case("no keys", _dense(7, 0), QKV),
     Case("empty batch", _dense(5, batch=0, causal=True), QKV),

@@ -193,12 +193,13 @@ def _entmax_rows(
         step += 1
     tau = tl.where(nothing, float("inf"), tau)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    _, u_sum, other, acc, count = _sweep(
-        span, tiles, count, b_q, o_pos, tau, zeros, acc, acc, tau, keys, rules,
+    p_sum, u_sum, other, acc, count = _sweep(
+        span, tiles, count, b_q, o_pos, zeros, zeros, acc, acc, tau, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "out", NORM, EVEN, PRECISION,
     )  # fmt: skip
     if tiles is not None:
         tl.store(tiles - 1, count)
+    acc = acc / tl.where(p_sum > 0, p_sum, 1.0)[:, None]  # tau in float32 leaves the sum a few units in the last place off 1
     return acc, tau, other / tl.maximum(u_sum, 1e-30)[:, None]
 
 

@@ -1,7 +1,7 @@
 """Launching the attention kernels: shapes, strides and options in, contiguous results out. No host synchronisation."""
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,22 @@ from attnkit.ops._attention_core._triton import backward as kb
 from attnkit.ops._attention_core._triton import forward as kf
 from attnkit.ops._attention_core._triton.configs import CONFIGS
 
-__all__ = ["Launch", "add_exact_delta", "backward", "backward_keys", "backward_queries", "forward", "row_constants"]
+__all__ = [
+    "Launch",
+    "add_exact_delta",
+    "backward",
+    "backward_keys",
+    "backward_queries",
+    "forward",
+    "lists_shape",
+    "row_constants",
+]
 
 _UNBOUNDED = 1 << 30
 _TINY = 1e-30  # a scale of 0 would turn a masked score, -inf, into NaN
 _NORMS = {"off": "softmax", "delta": "consistent", "exact_delta": "consistent", "dynamic_max": "dynamic_max"}
+_DECODE_ROWS = 16
+_LISTED_WIDTH = 128
 _PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
 
 
@@ -124,11 +135,7 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
 
     Of entmax: out, tau, and, where gradients are needed, sum(u V) / sum(u).
     """
-    packs = p.group > 1 and p.num_q <= _PACK_ROWS and p.gaps is None
-    group = p.group if packs else 1
-    config = p.config("decode" if p.num_q * group <= 16 else "fwd")
-    block_m = config.block_m if config.block_m >= group else _power_of_two(group)
-    tiles = p.num_tiles(p.num_q, block_m // group)
+    config, block_m, group, tiles = _row_tiles(p)
     programs = tiles * (p.heads // group) * p.batch
     keys = p.keys_a_tile(block_m // group)
     parts = _parts(programs, keys, config.block_n, p.q.device) if p.norm == "softmax" else 1
@@ -139,9 +146,8 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
     rest = out.new_empty(out.shape[1:], dtype=out_dtype) if keeps else None
     if lse.numel() == 0:
         return out[0], lse.new_empty(shape[1:]), rest
-    p.tiles = None
-    if p.norm != "softmax" and not packs and p.left < 0 and p.cu_q is None and p.q_pos is None:
-        p.tiles = p.q.new_empty(programs, 1 + _cdiv(p.num_k, config.block_n), dtype=torch.int32)
+    listed = lists_shape(p)
+    p.tiles = None if listed is None else p.q.new_empty(listed, dtype=torch.int32)
     arguments = (
         p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, out, rest if parts == 1 else None, lse,
         p.tiles, *p.strides(),
@@ -158,6 +164,32 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
     sizes = {"BLOCK_P": 16, "BLOCK_DV": p.block_dv}
     launch(kf.combine, (rows,), (out, *lse, whole, rest, whole_lse, rows, parts, p.width_v), sizes)
     return whole, whole_lse, rest
+
+
+def _row_tiles(p: Launch) -> tuple[Config, int, int, int]:
+    """Of the forward pass: the configuration, rows of a tile, heads that share it, and tiles of such heads."""
+    packs = p.group > 1 and p.num_q <= _PACK_ROWS and p.gaps is None
+    group = p.group if packs else 1
+    config = p.config("decode" if p.num_q * group <= _DECODE_ROWS else "fwd")
+    block_m = config.block_m if config.block_m >= group else _power_of_two(group)
+    return config, block_m, group, p.num_tiles(p.num_q, block_m // group)
+
+
+def lists_shape(p: Launch) -> tuple[int, int] | None:
+    """Of entmax's lists of tiles of keys: one for every tile of rows, after its length. None where no lists are made."""
+    config, _, group, tiles = _row_tiles(p)
+    few = p.num_q <= _DECODE_ROWS  # the backward pass has other tiles than a decoder's step
+    wide = max(p.block_d, p.block_dv) > _LISTED_WIDTH  # and cannot have the forward pass's there
+    if p.norm == "softmax" or few or wide or group > 1 or p.left >= 0 or p.cu_q is not None or p.q_pos is not None:
+        return None
+    return tiles * p.heads * p.batch, 1 + _cdiv(p.num_k, config.block_n)
+
+
+def _listed_config(p: Launch) -> Config:
+    """Of the backward pass where there are lists: the forward pass's tiles, on more warps where two sums fill registers."""
+    config = p.config("fwd")
+    wide = max(p.block_d, p.block_dv) > 64
+    return replace(config, num_warps=8, num_stages=min(config.num_stages, 2)) if wide else config
 
 
 def _parts(programs: int, keys: int, block_n: int, device: torch.device) -> int:
@@ -227,7 +259,7 @@ def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> T
 
 
 def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None) -> None:
-    config = p.config("bwd_dq" if p.tiles is None else "fwd")  # the list is of the forward pass's tiles
+    config = p.config("bwd_dq") if p.tiles is None else _listed_config(p)
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
         arguments = (
@@ -241,7 +273,7 @@ def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Te
 
 def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of k, v and, float32 [B, S, Hkv], of the key bias."""
-    config = p.config("bwd_dkdv" if p.tiles is None else "fwd")
+    config = p.config("bwd_dkdv") if p.tiles is None else _listed_config(p)
     tiles = p.num_tiles(p.num_k, config.block_n)
     programs = tiles * p.kv_heads * p.batch
     parts = _head_parts(programs, p.group, p.q.device)

@@ -155,10 +155,10 @@ def entmax_step(z, v, a, b, c, acc, floor, factor, STEP: tl.constexpr, NORM: tl.
     "max"   a: the maximum.
     "bins"  a: the maximum, given; acc: counts by BINS equal parts of what lies less than 1 below it, 16 bits each.
     "sums"  a: tau, given; b, c, acc: sums of p, of u and of the support.
-    "out"   a: tau, given; b: sums of u; c and acc: sums of u V and of p V.
+    "out"   a and b: sums of p and of u; c and acc: sums of u V and of p V.
 
     Also whether the tile may hold something of the support: a score less than 1 below the maximum so far, or above `floor`, a
-    lower bound of tau (tau itself in the last pass).
+    lower bound of tau (in the last pass tau itself).
     """
     if STEP == "max":
         top = tl.max(z, 1)
@@ -171,12 +171,14 @@ def entmax_step(z, v, a, b, c, acc, floor, factor, STEP: tl.constexpr, NORM: tl.
         live = tl.max(tl.max(place, 1), 0) >= 0
     else:
         live = tl.max(tl.max(z - floor[:, None], 1), 0) > 0
-        p, u = entmax_pair(z, a[:, None], factor, NORM)
-        b += tl.sum(u if STEP == "out" else p, 1)
+        p, u = entmax_pair(z, (floor if STEP == "out" else a)[:, None], factor, NORM)
         if STEP == "sums":
+            b += tl.sum(p, 1)
             c += tl.sum(u, 1)
             acc += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
         else:
+            a += tl.sum(p, 1)
+            b += tl.sum(u, 1)
             c = tl.dot(u.to(v.dtype), v, c, input_precision=PRECISION)
             acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
     return a, b, c, acc, live
