@@ -14,6 +14,8 @@ from attnkit.ops._attention_core._triton.steps import (
     norm_factor,
     scores,
     seen,
+    softmax_end,
+    softmax_start,
     softmax_step,
 )
 from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place
@@ -23,14 +25,14 @@ __all__ = ["combine", "fwd"]
 
 @triton.jit
 def _visit(
-    first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    first, limit, b_q, o_pos, state, known, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys first .. first + BLOCK_N; MASKED: some lie at `limit` or beyond, or some rows do not see some.
 
-    Returns the four values that a pass gathers, and whether a later pass of entmax has to come back.
+    Returns the state of the pass, and whether a later pass of entmax has to come back.
     """
     k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
@@ -54,31 +56,31 @@ def _visit(
             b_v = tl.where((b_bias > float("-inf"))[:, None], b_v, 0.0)  # 0 * NaN is NaN
     live = True
     if STEP == "softmax":
-        a, b, c, acc = softmax_step(t, t_scale, b_v, a, b, c, acc, MASKED or BIAS, NORM, PRECISION)
+        state = softmax_step(t, t_scale, b_v, state, MASKED or BIAS, NORM, PRECISION)
     else:
-        a, b, c, acc, live = entmax_step(t * t_scale, b_v, a, b, c, acc, floor, factor, STEP, NORM, PRECISION)
-    return a, b, c, acc, live
+        state, live = entmax_step(t * t_scale, b_v, state, known, factor, STEP, NORM, PRECISION)
+    return state, live
 
 
 @triton.jit
 def _walk(
-    start, stop, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    start, stop, limit, b_q, o_pos, state, known, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys start, start + BLOCK_N ... below stop."""
     for first in tl.range(start, stop, BLOCK_N):
-        a, b, c, acc, _ = _visit(
-            first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+        state, _ = _visit(
+            first, limit, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
-    return a, b, c, acc
+    return state
 
 
 @triton.jit
 def _walk_live(
-    tiles, count, start, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    tiles, count, start, limit, b_q, o_pos, state, known, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -90,18 +92,18 @@ def _walk_live(
             first = start + i * BLOCK_N
         else:
             first = tl.load(tiles + i)
-        a, b, c, acc, live = _visit(
-            first, limit, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+        state, live = _visit(
+            first, limit, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
         tl.store(tiles + kept, first, mask=live)
         kept += live.to(tl.int32)
-    return a, b, c, acc, kept
+    return state, kept
 
 
 @triton.jit
 def _sweep(
-    span, tiles, count, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    span, tiles, count, b_q, o_pos, state, known, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,26 +111,26 @@ def _sweep(
     """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one."""
     lo, head_end, body_end, hi = span
     if WINDOW:
-        a, b, c, acc = _walk(
-            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+        state = _walk(
+            lo, tl.minimum(head_end, hi), hi, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
     if tiles is None:
-        a, b, c, acc = _walk(
-            head_end, body_end, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+        state = _walk(
+            head_end, body_end, hi, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
     else:
-        a, b, c, acc, count = _walk_live(
-            tiles, count, head_end, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+        state, count = _walk_live(
+            tiles, count, head_end, hi, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # the next pass reads what this one has written
-    a, b, c, acc = _walk(
-        body_end, hi, hi, b_q, o_pos, a, b, c, acc, floor, keys, rules,
+    state = _walk(
+        body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
     )  # fmt: skip
-    return a, b, c, acc, count
+    return state, count
 
 
 @triton.jit
@@ -144,12 +146,13 @@ def _softmax_rows(
         m = sink
         total = tl.where(sink > float("-inf"), 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m, total, rounded, acc, _ = _sweep(
-        span, None, 0, b_q, o_pos, m, total, total, acc, None, keys, rules,
+    state, _ = _sweep(
+        span, None, 0, b_q, o_pos, softmax_start(m, total, acc, NORM), None, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "softmax", NORM, EVEN, PRECISION,
     )  # fmt: skip
+    m, total, acc, divisor = softmax_end(state, NORM)
     nothing = total == 0  # NaN is something
-    acc = acc / tl.where(nothing, 1.0, total if NORM == "softmax" else rounded)[:, None]
+    acc = acc / tl.where(nothing, 1.0, divisor)[:, None]
     return acc, tl.where(nothing, float("-inf"), m), total
 
 
@@ -167,38 +170,39 @@ def _entmax_rows(
     zeros = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     count = (span[2] - span[1]) // BLOCK_N
-    m, _, _, _, count = _sweep(
-        span, tiles, count, b_q, o_pos, m, zeros, zeros, zeros, zeros, keys, rules,
+    state, count = _sweep(
+        span, tiles, count, b_q, o_pos, (m,), None, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "max", NORM, EVEN, PRECISION,
     )  # fmt: skip
-    nothing = m == float("-inf")
-    m = tl.where(nothing, 0.0, m)
+    nothing = state[0] == float("-inf")
+    m = tl.where(nothing, 0.0, state[0])
     if NORM == "entmax":  # its first step is exact where all scores are equal, or one is far above the rest
         tau, low, high = m - 1, m - 1, m
     else:
-        _, _, _, counts, count = _sweep(
-            span, tiles, count, b_q, o_pos, m, zeros, zeros, tl.zeros([BLOCK_M, BLOCK_N], tl.int64), zeros, keys, rules,
+        state, count = _sweep(
+            span, tiles, count, b_q, o_pos, (tl.zeros([BLOCK_M, BLOCK_N], tl.int64),), m, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "bins", NORM, EVEN, PRECISION,
         )  # fmt: skip
-        tau, low, high = entmax_start(m, counts, NORM)
+        tau, low, high = entmax_start(m, state[0], NORM)
     off = 1.0
     step = 0
     while (off > TOLERANCE) & (step < num_steps):
-        _, p_sum, u_sum, support, count = _sweep(
-            span, tiles, count, b_q, o_pos, tau, zeros, zeros, zeros, low, keys, rules,
+        sums, count = _sweep(
+            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), (tau, low), keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
         )  # fmt: skip
-        tau, low, high = entmax_refine(tau, low, high, p_sum, u_sum, support, factor, NORM)
-        off = tl.max(tl.where(nothing, 0.0, tl.abs(p_sum - 1)))
+        tau, low, high = entmax_refine(tau, low, high, sums, factor, NORM)
+        off = tl.max(tl.where(nothing, 0.0, tl.abs(sums[0] - 1)))
         step += 1
     tau = tl.where(nothing, float("inf"), tau)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    p_sum, u_sum, other, acc, count = _sweep(
-        span, tiles, count, b_q, o_pos, zeros, zeros, acc, acc, tau, keys, rules,
+    state, count = _sweep(
+        span, tiles, count, b_q, o_pos, (zeros, zeros, acc, acc), tau, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "out", NORM, EVEN, PRECISION,
     )  # fmt: skip
     if tiles is not None:
         tl.store(tiles - 1, count)
+    p_sum, u_sum, acc, other = state
     acc = acc / tl.where(p_sum > 0, p_sum, 1.0)[:, None]  # tau in float32 leaves the sum a few units in the last place off 1
     return acc, tau, other / tl.maximum(u_sum, 1e-30)[:, None]
 

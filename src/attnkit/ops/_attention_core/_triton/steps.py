@@ -23,6 +23,8 @@ __all__ = [
     "scores",
     "seen",
     "softcap_slope",
+    "softmax_end",
+    "softmax_start",
     "softmax_step",
 ]
 
@@ -91,12 +93,27 @@ def raised_max(top, ties, CAP: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(t, c, v, m, total, rounded, acc, GUARD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
-    """Take a tile of scores c * t [rows, keys] and its values into each row's running maximum, sums and output.
+def softmax_start(m, total, acc, NORM: tl.constexpr):
+    """The state of a pass: maxima, sums of probabilities, output. NORM "consistent" and "dynamic_max" have three more: sums of
+    the probabilities as they were rounded, the output of the last tile, and what it will scale that of those before it by."""
+    if NORM == "softmax":
+        return m, total, acc
+    else:
+        return m, total, acc, total, tl.zeros_like(acc), tl.full(m.shape, 1.0, tl.float32)
 
-    GUARD: a row may have seen nothing yet. NORM "consistent" and "dynamic_max" also sum the probabilities as they were
-    rounded. (A product with ones on the matrix units was measured: it makes the forward pass 1.5x slower.)
+
+@triton.jit
+def softmax_step(t, c, v, state, GUARD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """Take a tile of scores c * t [rows, keys] and its values into the state. GUARD: a row may have seen nothing yet.
+
+    Matrix units truncate what they add up. Where sums have to be close each tile is a product of its own, added to the output
+    when the next tile comes, so that nobody waits for it; sums of rows come last, while the product is under way. (The same
+    sums as a product with ones were measured: they make the forward pass 1.5x slower.)
     """
+    if NORM == "softmax":
+        m, total, acc = state
+    else:
+        m, total, acc, rounded, own, beta = state
     top = tl.max(t, 1)
     if NORM == "dynamic_max":
         ties = tl.sum(tl.where(t == top[:, None], 1.0, 0.0), 1)
@@ -108,17 +125,25 @@ def softmax_step(t, c, v, m, total, rounded, acc, GUARD: tl.constexpr, NORM: tl.
         top = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
     p = tl.exp2(t * c - top[:, None])
     alpha = tl.exp2(m - top)
-    total = total * alpha + tl.sum(p, 1)
-    if NORM != "softmax":
-        p = rounded_to(p, v.dtype)
-        rounded = rounded * alpha + tl.sum(p, 1)
-    p = p.to(v.dtype)
     if NORM == "softmax":
-        acc = tl.dot(p, v, acc * alpha[:, None], input_precision=PRECISION)
-    else:  # matrix units truncate sums: tiles are added up outside them (as an fma, or the compiler would join the two again)
-        own = tl.dot(p, v, input_precision=PRECISION)
-        acc = tl.fma(acc, tl.broadcast_to(alpha[:, None], acc.shape), own)
-    return m_new, total, rounded, acc
+        total = total * alpha + tl.sum(p, 1)
+        return m_new, total, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    else:
+        acc = acc * beta[:, None] + own
+        own = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        rounded = rounded * alpha + tl.sum(rounded_to(p, v.dtype), 1)
+        return m_new, total * alpha + tl.sum(p, 1), acc, rounded, own, alpha
+
+
+@triton.jit
+def softmax_end(state, NORM: tl.constexpr):
+    """Maxima, sums, outputs, and what these are to be divided by."""
+    if NORM == "softmax":
+        m, total, acc = state
+        return m, total, acc, total
+    else:
+        m, total, acc, rounded, own, beta = state
+        return m, total, acc * beta[:, None] + own, rounded
 
 
 @triton.jit
@@ -149,39 +174,38 @@ def entmax_pair(z, tau, factor, NORM: tl.constexpr):
 
 
 @triton.jit
-def entmax_step(z, v, a, b, c, acc, floor, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
-    """Take a tile of scores [rows, keys] into what a pass of entmax gathers:
+def entmax_step(z, v, state, known, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """Take a tile of scores [rows, keys] into the state of a pass of entmax, given what is known from those before it:
 
-    "max"   a: the maximum.
-    "bins"  a: the maximum, given; acc: counts by BINS equal parts of what lies less than 1 below it, 16 bits each.
-    "sums"  a: tau, given; b, c, acc: sums of p, of u and of the support.
-    "out"   a and b: sums of p and of u; c and acc: sums of u V and of p V.
+    "max"   (maximum,).
+    "bins"  (counts,) by BINS equal parts of what lies less than 1 below the maximum, 16 bits each; known: the maximum.
+    "sums"  sums of p, of u and of the support; known: tau and a lower bound of it.
+    "out"   sums of p, of u, of p V and of u V; known: tau.
 
-    Also whether the tile may hold something of the support: a score less than 1 below the maximum so far, or above `floor`, a
-    lower bound of tau (in the last pass tau itself).
+    Also whether the tile may hold something of the support: a score less than 1 below the maximum so far, or above the lower
+    bound of tau.
     """
     if STEP == "max":
         top = tl.max(z, 1)
-        a = tl.maximum(a, top)
-        live = tl.max((top > a - 1).to(tl.int32), 0) > 0
+        m = tl.maximum(state[0], top)
+        return (m,), tl.max((top > m - 1).to(tl.int32), 0) > 0
     elif STEP == "bins":
-        place = (z - a[:, None] + 1.0) * BINS
-        shift = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(acc.dtype) * BITS
-        acc += tl.where(place >= 0, 1 << shift, 0)
-        live = tl.max(tl.max(place, 1), 0) >= 0
+        counts = state[0]
+        place = (z - known[:, None] + 1.0) * BINS
+        shift = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(counts.dtype) * BITS
+        return (counts + tl.where(place >= 0, 1 << shift, 0),), tl.max(tl.max(place, 1), 0) >= 0
+    elif STEP == "sums":
+        p_sum, u_sum, support = state
+        tau, low = known
+        p, u = entmax_pair(z, tau[:, None], factor, NORM)
+        sums = (p_sum + tl.sum(p, 1), u_sum + tl.sum(u, 1), support + tl.sum(tl.where(u > 0, 1.0, 0.0), 1))
+        return sums, tl.max(tl.max(z - low[:, None], 1), 0) > 0
     else:
-        live = tl.max(tl.max(z - floor[:, None], 1), 0) > 0
-        p, u = entmax_pair(z, (floor if STEP == "out" else a)[:, None], factor, NORM)
-        if STEP == "sums":
-            b += tl.sum(p, 1)
-            c += tl.sum(u, 1)
-            acc += tl.sum(tl.where(u > 0, 1.0, 0.0), 1)
-        else:
-            a += tl.sum(p, 1)
-            b += tl.sum(u, 1)
-            c = tl.dot(u.to(v.dtype), v, c, input_precision=PRECISION)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return a, b, c, acc, live
+        p_sum, u_sum, acc, other = state
+        p, u = entmax_pair(z, known[:, None], factor, NORM)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        other = tl.dot(u.to(v.dtype), v, other, input_precision=PRECISION)
+        return (p_sum + tl.sum(p, 1), u_sum + tl.sum(u, 1), acc, other), tl.max(tl.max(z - known[:, None], 1), 0) > 0
 
 
 @triton.jit
@@ -229,12 +253,13 @@ def entmax_start(m, counts, NORM: tl.constexpr):
 
 
 @triton.jit
-def entmax_refine(tau, low, high, p_sum, u_sum, support, factor, NORM: tl.constexpr):
+def entmax_refine(tau, low, high, sums, factor, NORM: tl.constexpr):
     """One step of the search: (tau, low, high).
 
     The r-norm of [z - tau]+, r = 1 / factor, falls and is convex in tau, so that Newton's step towards 1 ends below the root
     from either side. For alpha = 1.5 the root of the parabola over the present support is exact once the support is.
     """
+    p_sum, u_sum, support = sums
     newton = tau + (p_sum - tl.exp2(tl.log2(tl.maximum(p_sum, 1e-30)) * (1 - factor))) / tl.maximum(u_sum, 1e-30)
     low = tl.maximum(low, tl.where(u_sum > 0, newton, low))
     high = tl.where(p_sum >= 1, high, tl.minimum(high, tau))
