@@ -70,7 +70,7 @@ class RoundingBiasProbe:
     """Looks at one call of attention, on rows that are the same in every call of the same shape.
 
     Attributes:
-        rows: how many, shared among at most four sequences of the batch.
+        rows: how many, shared among at most two sequences of the batch.
         fmt: what the output and the probabilities are rounded to; None means the format of q.
         seed: of the choice of rows.
     Raises:

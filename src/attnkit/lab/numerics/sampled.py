@@ -10,7 +10,7 @@ from attnkit.ops.attention.call import AttentionCall
 
 __all__ = ["heads_last", "keys_and_values", "pick", "sample_rows", "scores_of", "seen_keys"]
 
-_SEQUENCES = 4  # of a batch, among which the rows are shared out
+_SEQUENCES = 2  # of a batch, among which the rows are shared out
 
 
 def sample_rows(q: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:

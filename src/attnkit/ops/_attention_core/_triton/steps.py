@@ -89,7 +89,7 @@ def raised_max(top, ties, CAP: tl.constexpr):
     """
     away = tl.where(top > 0, tl.minimum(BETA * top, top + CAP), tl.minimum(0.0, top + CAP))
     away = tl.where(tl.abs(top) < 1e-6, LOG2E, away)
-    return tl.where((ties > 1) & (top > float("-inf")), away, top)
+    return tl.where(ties > 1, away, top)  # -inf stays where it is
 
 
 @triton.jit
