@@ -42,6 +42,17 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str | None) 
     return int(parts[0]), int(parts[-1])
 
 
+def _parse_vary(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    chosen: dict[str, tuple[str, ...]] = {}
+    for value in values:
+        name, _, texts = value.partition("=")
+        parts = tuple(part.strip() for part in texts.split(","))
+        if not name or not all(parts):
+            raise click.BadParameter(f"{value!r} is not NAME=V,..; write nb=4,16")
+        chosen[name] = chosen.get(name, ()) + parts
+    return chosen
+
+
 @verb(
     "kernels",
     examples=(
@@ -57,7 +68,8 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option("--dims", callback=parse_lengths, metavar="D,..", help="Head widths.  [default: the operator's]")
 @click.option("--passes", callback=parse_names, metavar="P,..", help="fwd, fwd+bwd, decode, step.  [default: all it has]")
 @click.option("--heads", callback=_parse_heads, metavar="H[/Hkv]", help="Query and key heads.  [default: the operator's]")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Sequences in a batch.")
+@click.option("--batch", type=_SIZE, help="Sequences in a batch.  [default: the operator's]")
+@click.option("--vary", callback=_parse_vary, multiple=True, metavar="NAME=V,..", help="Other sizes, e.g. nb=4,16; repeatable.")
 @click.option("--backend", default="auto", show_default=True, metavar="NAME", help="Which of our backends runs.")
 @click.option("--rounds", type=click.IntRange(min=3), default=9, show_default=True, help="Measurements of each contestant.")
 @device_option
@@ -74,7 +86,8 @@ def _kernels(
     dims: tuple[int, ...] | None,
     passes: tuple[str, ...] | None,
     heads: tuple[int, int] | None,
-    batch: int,
+    batch: int | None,
+    vary: dict[str, tuple[str, ...]],
     backend: str,
     rounds: int,
     device: str,
@@ -104,6 +117,7 @@ def _kernels(
             passes=passes,
             heads=heads,
             batch=batch,
+            **({"vary": vary} if vary else {}),
             backend=backend,
             rounds=rounds,
             device=place,

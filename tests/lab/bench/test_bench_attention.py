@@ -14,6 +14,7 @@ from torch.nn.attention import flex_attention
 from attnkit import ops
 from attnkit._core.opspec import Case
 from attnkit.lab.bench import RACES, Shape
+from attnkit.lab.bench.attention import dense_baselines
 from attnkit.lab.bench.race import Operator, contestants
 from attnkit.lab.numerics import conformance
 
@@ -23,7 +24,7 @@ STEPS = ("fwd", "fwd+bwd", "decode")
 
 def judge(operator: Operator, where: Shape) -> list[conformance.Row]:
     def make(generator: torch.Generator) -> dict[str, Any]:
-        return RACE.inputs(where.sizes, generator)
+        return RACE.inputs(where, generator)
 
     case = Case(str(where), make, RACE.grads if where.trains else ())
     rows = conformance.check(ops.OPS["attention"], case, where.dtype, operator=operator)
@@ -115,3 +116,12 @@ def test_work_counts_what_a_causal_mask_leaves() -> None:
     decode = Shape("decode", RACE.sizes("decode", 1024, 64, (8, 2), 3), torch.bfloat16, CPU)
     inputs = RACE.draw(decode, seed=0)
     assert RACE.traffic(decode) == inputs["k"].nbytes + inputs["v"].nbytes
+
+
+def test_baselines_are_dense_attention_whatever_else_they_are_given() -> None:
+    baseline = next(each for each in dense_baselines() if each.name == "sdpa")
+    assert (baseline.same_result, baseline.label) == (False, "sdpa*")
+    where = shape("fwd", 64)
+    inputs = RACE.draw(where, seed=0)
+    expected = RACE.peers["sdpa"].make(where)(**inputs)
+    assert torch.equal(baseline.make(where)(**inputs, num_buckets=4), expected)

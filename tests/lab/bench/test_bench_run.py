@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,8 +132,8 @@ def test_who_is_wrong_is_refused_and_not_timed(against: Any) -> None:
     assert len(document["skipped"]) == 6
     assert reasons["wrong", "fwd"].startswith("fails conformance: out: rms ")
     assert reasons["slope", "fwd+bwd"].startswith("fails conformance: d_v")
-    assert set(calls) == {256}  # the reduced shape only
-    assert len(calls) == 2  # one verdict a pass serves both lengths
+    assert calls == [300, 256] * 2  # a first call and a verdict a pass; the longer shape is refused by the verdict
+    assert [entry["peer"] for entry in document["measured"]].count("wrong") == 0
 
 
 def test_who_cannot_run_is_listed_with_the_reason(against: Any) -> None:
@@ -210,6 +211,7 @@ def test_the_given_backend_runs() -> None:
         ({"rounds": 2}, OptionError, "rounds at least 3"),
         ({"lengths": [0]}, OptionError, "must be at least 1"),
         ({"resume": True}, OptionError, "resume=True needs out"),
+        ({"vary": {"nb": [4]}}, OptionError, "attention has nothing called 'nb' to vary; known: none"),
     ],
     ids=str,
 )
@@ -247,6 +249,52 @@ def test_an_interrupted_race_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert document["wall_s"] > kept["wall_s"]
     assert [row["pass"] for row in document["rows"]] == ["fwd", "fwd+bwd", "decode"]
     assert [(event.kind, event.done, event.total) for event in events] == [("plan", 2, 3), ("step", 3, 3)]
+
+
+def test_first_calls_are_recorded_of_everybody(against: Any) -> None:
+    def slow_to_make(shape: bench.Shape) -> Any:
+        time.sleep(0.2 if shape.sizes["T"] == 300 else 0)
+        return right
+
+    peers = (bench.Peer("slow", "", slow_to_make, devices=("cpu",)), peer("right", right))
+    document = against(*peers, lengths=[300], passes=["fwd+bwd"])
+    first = {entry["peer"]: entry["first_call_s"] for entry in document["measured"]}
+    assert list(first) == ["attnkit", "slow", "right"]
+    assert first["slow"] > 0.2 > first["right"] > 0
+    assert {row["first_call_s"] for row in document["rows"]} == {first["attnkit"]}
+
+
+def test_a_baseline_is_timed_and_marked_and_not_judged(against: Any, tmp_path: Path) -> None:
+    def half(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return right(q, k, v, causal) / 2
+
+    baseline = peer("half", half, same_result=False)
+    document = against(baseline, peer("right", right), passes=["fwd+bwd"], out=tmp_path)
+    marked, plain = document["rows"]
+    assert (marked["peer"], plain["peer"]) == ("half*", "right")
+    assert marked["note"] == "half* computes something else: for tests"
+    assert "note" not in plain
+    assert marked["peer_ms"] > 0
+    assert marked["peer_peak_mib"] is not None
+    assert "peer_tflops" in plain
+    assert "peer_tflops" not in marked  # it does other work
+    assert document["skipped"] == []
+    page = (tmp_path / "attention.html").read_text()
+    assert page.count("half*") >= 3  # plot, table and what it is
+    assert "half* computes something else" in page
+
+
+def test_an_unfinished_race_keeps_what_was_measured(against: Any, tmp_path: Path) -> None:
+    def stop(event: Event) -> None:
+        if event.kind == "step":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        against(peer("right", right), passes=["fwd", "decode"], out=tmp_path, on_event=stop)
+    document = against(peer("right", right), passes=["fwd", "decode"], out=tmp_path, resume=True)
+    assert [(entry["peer"], entry["pass"]) for entry in document["measured"]] == [
+        (who, step) for step in ("fwd", "decode") for who in ("attnkit", "right")
+    ]
 
 
 @pytest.mark.gpu

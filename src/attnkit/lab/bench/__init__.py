@@ -9,6 +9,10 @@ the same tensors; a peer with another layout gets views of them.
 on a reduced shape of the same kind, with the error budget of the operator's `OpSpec`. Who fails is refused with the reason.
 Who is not installed, cannot do a shape or breaks on it is listed under `skipped` with the reason.
 
+*Baselines* compute something else, and are what an operator that leaves work out must be faster than (`Peer(...,
+same_result=False)`). Their time and memory are measured; nobody judges their numbers; rows call them by their name and a star,
+and their `note` says what they are.
+
 *Time.* Everybody is warmed up, then runs once a round, in an order that rotates from round to round, after one round that
 does not count. One measurement is as many calls as fill 50 ms, between two CUDA events on a GPU, by the clock on a CPU.
 `ours_ms` and `peer_ms` are medians over rounds, `ratio` is peer_ms / ours_ms, and `spread` is the interquartile range of
@@ -24,11 +28,15 @@ timed and the row's `note` says so.
 *First call.* `first_call_s` is the time of our first call of a shape in this process, before anything else of that shape.
 Triton's cache on disk is replaced by an empty folder for the length of the race, so compiling is part of it; kernels that an
 earlier shape of the same race has compiled are not compiled again. It is null where kernels of ours were loaded before
-the race began.
+the race began. The file's `measured` has everybody's: a peer's includes what it makes beforehand, and comes before it is
+judged, which would compile kernels for it.
+
+*Inputs.* A race may vary more than sizes (`vary`). What it measures of its inputs, in words, is the `regime` of a row; the
+numbers are in `measured`.
 
 *Work.* `tflops` counts the operator's multiplications and additions as its race defines them. `bandwidth_share` is the
 traffic that a decoding step cannot avoid, divided by our time and by `copy_gb_s`, the rate at which this device copied
-memory in the same run.
+memory in the same run. Races of operators that do little else than read and write have it in all passes, and no `tflops`.
 """
 
 from attnkit._core.lazy import lazy_attributes

@@ -1,5 +1,6 @@
 """The race of causal softmax attention: torch's fused kernels, FlexAttention, FlashAttention-4."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnkit._core.registry import Registry
 from attnkit.lab.bench.race import MEMORY_BOUND, Operator, Peer, Race, Shape, Sizes
 
-__all__ = ["RACE"]
+__all__ = ["BACKWARD_FACTOR", "RACE", "dense_baselines"]
 
 KV_TENSORS = 2
 BACKWARD_FACTOR = 3.5  # five products of the backward pass and two of the forward pass, over two
@@ -22,12 +23,13 @@ def _sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: in
     return {"B": batch, **rows, "H": heads[0], "Hkv": heads[1], "D": width}
 
 
-def _inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Any]:
+def _inputs(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
+    sizes = shape.sizes
     batch, num_q, width = sizes["B"], sizes["T"], sizes["D"]
     num_k = sizes.get("S", num_q)
     shapes = {"q": (num_q, sizes["H"]), "k": (num_k, sizes["Hkv"]), "v": (num_k, sizes["Hkv"])}
     tensors: dict[str, Any] = {
-        name: torch.randn(batch, *shape, width, generator=generator, device=generator.device) for name, shape in shapes.items()
+        name: torch.randn(batch, *rows, width, generator=generator, device=generator.device) for name, rows in shapes.items()
     }
     return tensors | {"causal": True}
 
@@ -117,6 +119,26 @@ for _peer in (
     ),
 ):
     PEERS.register(_peer.name, _peer)
+
+
+def dense_baselines() -> list[Peer]:
+    """Dense causal attention with softmax, for races of operators that leave some of it out: what they must be faster than."""
+    names = ("sdpa", "sdpa-flash", "cudnn", "fa4")
+    return [
+        dataclasses.replace(
+            PEERS[name], summary=f"dense causal softmax attention, {PEERS[name].summary}", make=_plain(name), same_result=False
+        )
+        for name in names
+    ]
+
+
+def _plain(name: str) -> Callable[[Shape], Operator]:
+    def make(shape: Shape) -> Operator:
+        attend = PEERS[name].make(shape)
+        return lambda q, k, v, **others: attend(q=q, k=k, v=v, causal=True)
+
+    return make
+
 
 RACE = Race(
     op="attention",

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from attnkit import ops
 from attnkit._core.opspec import OPS, Case
+from attnkit.lab.bench.inputs import normal
 from attnkit.lab.bench.machine import cache_bytes
-from attnkit.lab.bench.race import MEMORY_BOUND, OWN, Operator, Peer, Race, Shape
+from attnkit.lab.bench.race import MEMORY_BOUND, OWN, Facts, Operator, Peer, Race, Shape
 from attnkit.lab.bench.timing import Calls, Entrant, interleave, reason
 from attnkit.lab.compare.measure import clock
 from attnkit.lab.numerics import conformance
@@ -37,10 +38,12 @@ class Outcome:
     Attributes:
         rows: one a peer that was raced.
         skipped: one a contestant that was not, with its reason; our own name means that nobody was.
+        measured: one a contestant: its first call, and with our own name what is known about the inputs.
     """
 
     rows: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
+    measured: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Course:
         self._race, self._backend, self._peers = race, backend, peers
         self._rounds, self._seed, self._cold, self._copy_gb_s = rounds, seed, cold, copy_gb_s
         self._verdicts: dict[tuple[str, str], str] = {}
+        self._facts: dict[str, Facts] = {}
 
     def run(self, shape: Shape) -> Outcome:
         """Race one shape. Whatever breaks on it, ours or a peer's, becomes a reason and does not end the race."""
@@ -86,17 +90,34 @@ class Course:
                 skipped.append({"peer": name, **_place(shape), "reason": why})
 
         rows: list[dict[str, Any]] = []
+        measured: list[dict[str, Any]] = []
         with torch.set_grad_enabled(shape.trains), listed(OWN):
             inputs = self._inputs(shape)
             own = self._own(shape, inputs)
+            facts = self._known(shape, inputs[0])
+            measured.append({"peer": OWN, **_place(shape), "first_call_s": own.first_call_s, **facts.numbers})
             entrants = []
             for peer in self._peers:
                 with listed(peer.name):
-                    entrants.append(self._peer(peer, shape, inputs, own.upstream))
+                    entrant, seconds = self._peer(peer, shape, inputs, own.upstream)
+                    entrants.append((peer, entrant))
+                    measured.append({"peer": peer.name, **_place(shape), "first_call_s": seconds})
             if entrants:
-                interleave([own.entrant, *entrants], self._rounds)
-                rows = [self._row(shape, own, entrant) for entrant in entrants]
-        return Outcome(rows, skipped)
+                interleave([own.entrant, *(entrant for _, entrant in entrants)], self._rounds)
+                rows = [self._row(shape, own, peer, entrant, facts.text) for peer, entrant in entrants]
+        return Outcome(rows, skipped, measured)
+
+    def _known(self, shape: Shape, inputs: dict[str, Any]) -> Facts:
+        if self._race.facts is None:
+            return Facts("", {})
+        key = str(shape.place)
+        if key not in self._facts:
+            try:
+                with torch.no_grad():
+                    self._facts[key] = self._race.facts(shape, inputs)
+            except Exception as error:  # a race is worth running without them
+                self._facts[key] = Facts(f"inputs not measured: {reason(error)}", {})
+        return self._facts[key]
 
     def _inputs(self, shape: Shape) -> list[dict[str, Any]]:
         inputs = [self._race.draw(shape, self._seed)]
@@ -108,16 +129,7 @@ class Course:
 
     def _own(self, shape: Shape, inputs: list[dict[str, Any]]) -> Own:
         calls = self._calls(self._race.own(self._backend), shape, inputs, None)
-        begin = clock(shape.device)
-        out = calls.forward(inputs[0])
-        seconds = clock(shape.device) - begin
-        if calls.leaves:
-            generator = torch.Generator(shape.device).manual_seed(self._seed)
-            calls.upstream = torch.randn(out.shape, generator=generator, device=out.device).to(out.dtype)
-            begin = clock(shape.device)
-            torch.autograd.grad(out, calls.leaves, calls.upstream)
-            seconds += clock(shape.device) - begin
-        del out
+        seconds = self._first(calls, shape)
         backend = ops.explain(self._race.op, backend=self._backend, **inputs[0]).chosen
         assert backend is not None  # it has just run
         # by name: for a small shape "auto" might choose another one
@@ -125,12 +137,35 @@ class Course:
         entrant = self._ready(OWN, shape, calls)
         return Own(entrant, backend, seconds if self._cold else None, calls.upstream)
 
-    def _peer(self, peer: Peer, shape: Shape, inputs: list[dict[str, Any]], upstream: Tensor | None) -> Entrant:
+    def _peer(self, peer: Peer, shape: Shape, inputs: list[dict[str, Any]], upstream: Tensor | None) -> tuple[Entrant, float]:
+        """The contestant, warm, and the seconds of its first call, what it makes beforehand included."""
         reasons = peer.reasons(shape)
         if reasons:
             raise Refused("; ".join(reasons))
-        self._judge(peer.name, peer.make, shape)
-        return self._ready(peer.name, shape, self._calls(peer.make(shape), shape, inputs, upstream))
+        known = self._verdicts.get(self._key(peer.name, shape))
+        if known:
+            raise Refused(known)
+        begin = clock(shape.device)
+        operator = peer.make(shape)
+        made = clock(shape.device) - begin
+        calls = self._calls(operator, shape, inputs, upstream)
+        seconds = made + self._first(calls, shape)  # before it is judged, which would compile kernels for it
+        if peer.same_result:
+            self._judge(peer.name, peer.make, shape)
+        return self._ready(peer.name, shape, calls), seconds
+
+    def _first(self, calls: Calls, shape: Shape) -> float:
+        """Seconds of a contestant's first call; whoever is first draws the gradient of the output for all."""
+        begin = clock(shape.device)
+        out = calls.forward(calls.inputs[0])
+        seconds = clock(shape.device) - begin
+        if calls.leaves:
+            if calls.upstream is None:
+                calls.upstream = normal(tuple(out.shape), torch.Generator(shape.device).manual_seed(self._seed), out.dtype)
+            begin = clock(shape.device)
+            torch.autograd.grad(out, calls.leaves, calls.upstream)
+            seconds += clock(shape.device) - begin
+        return seconds
 
     def _calls(self, operator: Operator, shape: Shape, inputs: list[dict[str, Any]], upstream: Tensor | None) -> Calls:
         leaves = [inputs[0][name] for name in self._race.grads] if shape.trains else []
@@ -141,15 +176,17 @@ class Course:
 
     def _judge(self, name: str, make: Make, shape: Shape) -> None:
         """Refuse who is outside the error budget on a reduced shape; one verdict serves all shapes that reduce to it."""
-        reduced = self._race.smaller(shape)
-        key = (name, str(reduced))
+        key = self._key(name, shape)
         if key not in self._verdicts:
-            self._verdicts[key] = self._verdict(make, reduced)
+            self._verdicts[key] = self._verdict(make, self._race.smaller(shape))
         if self._verdicts[key]:
             raise Refused(self._verdicts[key])
 
+    def _key(self, name: str, shape: Shape) -> tuple[str, str]:
+        return name, str(self._race.smaller(shape))
+
     def _verdict(self, make: Make, shape: Shape) -> str:
-        case = Case(f"race, {shape}", partial(self._race.inputs, shape.sizes), self._race.grads if shape.trains else ())
+        case = Case(f"race, {shape}", partial(self._race.inputs, shape), self._race.grads if shape.trains else ())
         try:
             rows = conformance.check(OPS[self._race.op], case, shape.dtype, device=shape.device, operator=make(shape))
         except Exception as error:  # peers raise what they like
@@ -157,28 +194,33 @@ class Course:
         failed = "; ".join(_failure(row) for row in rows if not row.ok)
         return failed and f"fails conformance: {failed}"
 
-    def _row(self, shape: Shape, own: Own, peer: Entrant) -> dict[str, Any]:
+    def _row(self, shape: Shape, own: Own, peer: Peer, entrant: Entrant, regime: str) -> dict[str, Any]:
         ours = own.entrant
-        ours_s, peer_s = statistics.median(ours.times), statistics.median(peer.times)
+        ours_s, peer_s = statistics.median(ours.times), statistics.median(entrant.times)
         row = {
             "op": self._race.op,
             **_place(shape),
-            "peer": peer.name,
+            "peer": peer.label,
             "ours_ms": 1e3 * ours_s,
             "peer_ms": 1e3 * peer_s,
             "ratio": peer_s / ours_s,
-            "spread": spread([theirs / our for our, theirs in zip(ours.times, peer.times, strict=True)]),
+            "spread": spread([theirs / our for our, theirs in zip(ours.times, entrant.times, strict=True)]),
             "first_call_s": own.first_call_s,
             "backend": own.backend,
             "peak_mib": ours.peak_mib,
-            "peer_peak_mib": peer.peak_mib,
+            "peer_peak_mib": entrant.peak_mib,
         }
-        if shape.step in MEMORY_BOUND:
+        flops = None if shape.step in MEMORY_BOUND or self._race.flops is None else self._race.flops(shape)
+        if flops is None:
             row["bandwidth_share"] = self._race.traffic(shape) / ours_s / 1e9 / self._copy_gb_s
         else:
-            flops = self._race.flops(shape)
-            row |= {"tflops": flops / ours_s / 1e12, "peer_tflops": flops / peer_s / 1e12}
-        notes = "; ".join(entrant.note for entrant in (ours, peer) if entrant.note)
+            row["tflops"] = flops / ours_s / 1e12
+            if peer.same_result:
+                row["peer_tflops"] = flops / peer_s / 1e12
+        if regime:
+            row["regime"] = regime
+        other = "" if peer.same_result else f"{peer.label} computes something else: {peer.summary}"
+        notes = "; ".join(note for note in (ours.note, entrant.note, other) if note)
         return row | {"note": notes} if notes else row
 
 
@@ -189,7 +231,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 def _place(shape: Shape) -> dict[str, Any]:
-    return {"shape": dict(shape.sizes), "dtype": str(shape.dtype).removeprefix("torch."), "pass": shape.step}
+    return {"shape": shape.place, "dtype": str(shape.dtype).removeprefix("torch."), "pass": shape.step}
 
 
 def _failure(row: conformance.Row) -> str:

@@ -1,65 +1,83 @@
-"""The races of hash buckets and of dropped rows: what computes the same thing, sorting and masks included.
+"""The races of hash buckets and of dropped rows, against what computes the same thing and against dense attention.
 
-Dense causal attention computes something else and is no peer here; race `attention` on the same sizes for its times.
+Dense attention is a baseline: it computes something else, and is what dropping pairs must be faster than. What is known of a
+shape says by how much it could be: by the pairs that are left, by the tiles that hold any of them, and how much of our time
+goes into sorting and copying rows.
 """
 
-import inspect
+import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attnkit import ops
+from attnkit._core.opspec import OPS
 from attnkit._core.registry import Registry
-from attnkit.lab.bench.attention import BACKWARD_FACTOR
-from attnkit.lab.bench.race import Operator, Peer, Race, Shape, Sizes
-from attnkit.ops.indexed.call import prepare_hash
+from attnkit.lab.bench.attention import BACKWARD_FACTOR, dense_baselines
+from attnkit.lab.bench.indexed_peers import HASH_PEERS, QK_PEERS
+from attnkit.lab.bench.inputs import normal
+from attnkit.lab.bench.race import Axis, Facts, Peer, Race, Shape, Sizes
+from attnkit.lab.bench.timing import elapsed
 from attnkit.ops.indexed.rows import gather, order_rows, scatter
 
 __all__ = ["HASH_RACE", "QK_RACE"]
 
-BUCKETS = 16
-_LONGEST_MASK = 4096  # tokens up to which somebody would write a mask down
+_TIMED = 5  # measurements of sorting and of copying
 
 
 def _sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: int) -> Sizes:
     return {"B": batch, "T": length, "H": heads[0], "Hkv": heads[1], "D": width}
 
 
-def _tensors(sizes: Sizes, generator: torch.Generator) -> dict[str, Any]:
-    shapes = {"q": sizes["H"], "k": sizes["Hkv"], "v": sizes["Hkv"]}
+def _tensors(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
+    sizes = shape.sizes
+    heads = {"q": sizes["H"], "k": sizes["Hkv"], "v": sizes["Hkv"]}
     return {
-        name: torch.randn(sizes["B"], sizes["T"], heads, sizes["D"], generator=generator, device=generator.device)
-        for name, heads in shapes.items()
+        name: normal((sizes["B"], sizes["T"], number, sizes["D"]), generator, shape.dtype) for name, number in heads.items()
     }
 
 
-def _hash_inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Any]:
+def _buckets(shape: Shape) -> int:
+    return int(shape.variant["nb"])
+
+
+def _keep(shape: Shape) -> float:
+    return float(shape.variant["keep"])
+
+
+def _hash_inputs(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
     """Uniform buckets; a query's is that of its token's key, as with projections that queries and keys share."""
-    shape, device = (sizes["B"], sizes["T"], sizes["Hkv"]), generator.device
-    bucket = torch.randint(0, BUCKETS, shape, generator=generator, device=device, dtype=torch.int32)
+    sizes, device, buckets = shape.sizes, generator.device, _buckets(shape)
+    rows = (sizes["B"], sizes["T"], sizes["Hkv"])
+    bucket = torch.randint(0, buckets, rows, generator=generator, device=device, dtype=torch.int32)
     shared = bucket.repeat_interleave(sizes["H"] // sizes["Hkv"], 2)
-    return _tensors(sizes, generator) | {"q_bucket": shared, "k_bucket": bucket, "num_buckets": BUCKETS}
+    return _tensors(shape, generator) | {"q_bucket": shared, "k_bucket": bucket, "num_buckets": buckets}
 
 
-def _qk_inputs(sizes: Sizes, generator: torch.Generator) -> dict[str, Any]:
-    """Half of the queries and half of the keys are dropped."""
-    tensors = _tensors(sizes, generator)
+def _qk_inputs(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
+    """Every head keeps a share of its queries and, on its own, the same share of its keys."""
+    tensors = _tensors(shape, generator)
     kept = {
-        f"{name}_keep": torch.rand(tensors[name].shape[:3], generator=generator, device=generator.device) < 0.5 for name in "qk"
+        f"{name}_keep": torch.rand(tensors[name].shape[:3], generator=generator, device=generator.device) < _keep(shape)
+        for name in "qk"
     }
     return tensors | kept
 
 
 def _reduced(sizes: Sizes) -> Sizes:
-    return dict(sizes) | {"B": 1, "T": min(sizes["T"], 256)}
+    limits = {"B": 1, "T": 256}
+    group = sizes["H"] // sizes["Hkv"] if sizes["Hkv"] else 1
+    few = {"Hkv": min(sizes["Hkv"], 8), "H": min(sizes["H"], 8 * group)}
+    return {name: min(size, limits.get(name, size)) for name, size in sizes.items()} | few
 
 
-def _flops(density: float) -> Callable[[Shape], float]:
+def _flops(density: Callable[[Shape], float]) -> Callable[[Shape], float]:
     def flops(shape: Shape) -> float:
         sizes = shape.sizes
-        pairs = sizes["B"] * sizes["H"] * sizes["T"] ** 2 / 2 * density
+        pairs = sizes["B"] * sizes["H"] * sizes["T"] ** 2 / 2 * density(shape)
         return 4 * sizes["D"] * pairs * (BACKWARD_FACTOR if shape.trains else 1)
 
     return flops
@@ -70,128 +88,98 @@ def _traffic(shape: Shape) -> float:
     return 2 * sizes["B"] * sizes["T"] * (sizes["H"] + sizes["Hkv"]) * sizes["D"] * shape.dtype.itemsize
 
 
-def _few_tokens(shape: Shape) -> list[str]:
-    return [f"a mask of T x T for every head; up to {_LONGEST_MASK} tokens"] if shape.sizes["T"] > _LONGEST_MASK else []
+def _facts(op: str) -> Callable[[Shape, dict[str, Any]], Facts]:
+    """What is left of dense attention, and what a forward call spends before and after attention itself."""
+
+    def facts(shape: Shape, inputs: dict[str, Any]) -> Facts:
+        found = ops.occupancy(op, **inputs)
+        call = OPS[op].prepare(**inputs)
+        order = order_rows(call)
+        flat = [inputs[name].detach().flatten(0, 2) for name in "qkv"]
+
+        def copy() -> Tensor:
+            q, *_ = (gather(t, where) for t, where in zip(flat, (order.queries, order.keys, order.keys), strict=True))
+            return scatter(q, order.queries)
+
+        numbers = {
+            "density": found.density,
+            "tile_share": found.step_share,
+            "unmasked_tiles": found.unmasked,
+            "ideal_by_pairs": 1 / found.density if found.density else math.inf,
+            "ideal_by_tiles": 1 / found.step_share if found.step_share else math.inf,
+            "sort_ms": _milliseconds(shape, lambda: order_rows(call)),
+            "copy_ms": _milliseconds(shape, copy),
+        }
+        text = (
+            "at best {ideal_by_pairs:.2f} (pairs) or {ideal_by_tiles:.2f} (tiles of 64 x 64) times as fast as dense attention; "
+            "sorting rows {sort_ms:.3g} ms, copying them {copy_ms:.3g} ms"
+        )
+        return Facts(text.format(**numbers), {name: value for name, value in numbers.items() if math.isfinite(value)})
+
+    return facts
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Torch's interface with an explicit mask [B, H, T, T]; a row that sees nothing gives 0."""
-    queries, keys, values = (t.transpose(1, 2) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=seen, enable_gqa=q.shape[2] != k.shape[2])
-    return torch.where(seen.any(-1, keepdim=True), out, 0).transpose(1, 2)
+def _milliseconds(shape: Shape, call: Callable[[], object]) -> float:
+    elapsed(shape.device, call, 1)
+    return 1e3 * statistics.median(elapsed(shape.device, call, 2) for _ in range(_TIMED))
 
 
-def _causal(rows: int, device: torch.device) -> Tensor:
-    return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+def _number(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise ValueError("give a number of buckets, 1 or more")
+    return int(text)
 
 
-def _each_head(t: Tensor, heads: int) -> Tensor:
-    """[B, T, Hkv] -> [B, H, T]."""
-    return t.repeat_interleave(heads // t.shape[2], 2).transpose(1, 2)
+def _share(text: str) -> str:
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError("give the share that is kept, above 0 and at most 1")
+    return f"{share:g}"
 
 
-def _masked_hash(shape: Shape) -> Operator:
-    def attend(q: Tensor, k: Tensor, v: Tensor, q_bucket: Tensor, k_bucket: Tensor, num_buckets: int) -> Tensor:
-        mine, theirs = q_bucket.transpose(1, 2)[..., None], _each_head(k_bucket, q.shape[2])[..., None, :]
-        return _sdpa(q, k, v, (mine == theirs) & _causal(q.shape[1], q.device))
-
-    return attend
-
-
-def _masked_qk(shape: Shape) -> Operator:
-    def attend(q: Tensor, k: Tensor, v: Tensor, q_keep: Tensor, k_keep: Tensor) -> Tensor:
-        kept = q_keep.transpose(1, 2)[..., None] & _each_head(k_keep, q.shape[2])[..., None, :]
-        return _sdpa(q, k, v, kept & _causal(q.shape[1], q.device))
-
-    return attend
-
-
-def _flex(shape: Shape) -> Operator:
-    """FlexAttention on rows sorted by bucket; the block mask is a new one for every call, as hashes are."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    torch.compiler.reset()
-    compiled = torch.compile(flex_attention, dynamic=False)
-    make_mask = torch.compile(create_block_mask, dynamic=False)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, q_bucket: Tensor, k_bucket: Tensor, num_buckets: int) -> Tensor:
-        heads = q.shape[2]
-        bucket, order = torch.sort(_each_head(k_bucket, heads), stable=True)  # [B, H, T]
-
-        def sort(t: Tensor) -> Tensor:
-            rows = t.transpose(1, 2).repeat_interleave(heads // t.shape[2], 1)
-            return rows.gather(2, order[..., None].expand(-1, -1, -1, t.shape[3]))
-
-        batch, _, rows = bucket.shape
-
-        def meet(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (bucket[b, h, i] == bucket[b, h, j]) & (i >= j)
-
-        mask = make_mask(meet, batch, heads, rows, rows, device=q.device)
-        out: Any = compiled(sort(q), sort(k), sort(v), block_mask=mask)
-        index = order[..., None].expand_as(out)
-        return torch.empty_like(out).scatter(2, index, out).transpose(1, 2)
-
-    return attend
-
-
-def _varlen(shape: Shape) -> Operator:
-    """Torch's kernel for packed sequences on the rows as we sort them: buckets are sequences where q and k share them."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    function: Any = varlen_attn
-    windowed = "window_size" in inspect.signature(function).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if windowed else {"is_causal": True}
-    longest = shape.sizes["T"]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, q_bucket: Tensor, k_bucket: Tensor, num_buckets: int) -> Tensor:
-        order = order_rows(prepare_hash(q, k, v, q_bucket, k_bucket, num_buckets=num_buckets))
-        rows = (gather(t.flatten(0, 2), where)[:, None] for t, where in ((q, order.queries), (k, order.keys), (v, order.keys)))
-        out: Tensor = function(*rows, order.cu_q, order.cu_k, longest, longest, **causal)
-        return scatter(out[:, 0], order.queries).view(*q.shape[:3], -1)
-
-    return attend
-
-
-def _plain_heads(shape: Shape) -> list[str]:
-    reasons = [] if shape.dtype.itemsize == 2 else [f"{shape.dtype} (it takes 16 bits)"]
-    if shape.sizes["H"] != shape.sizes["Hkv"]:
-        reasons.append("query heads that share a key head would be rows of one sequence, which it aligns by their number")
-    return reasons
-
-
-def _race(op: str, inputs: Callable[[Sizes, torch.Generator], dict[str, Any]], density: float, *peers: Peer) -> Race:
+def _race(
+    op: str,
+    inputs: Callable[[Shape, torch.Generator], dict[str, Any]],
+    density: Callable[[Shape], float],
+    axes: dict[str, Axis],
+    peers: tuple[Peer, ...],
+) -> Race:
     registry: Registry[Peer] = Registry("peer")
-    for peer in peers:
+    for peer in (*peers, *dense_baselines()):
         registry.register(peer.name, peer)
     return Race(
         op=op,
         peers=registry,
         passes=("fwd", "fwd+bwd"),
-        lengths={"cuda": (4096, 8192, 16384, 32768), "cpu": (512, 1024, 2048)},
-        dims=(64, 128),
-        heads=(16, 16),
+        lengths={"cuda": (4096, 16384, 65536), "cpu": (512, 1024, 2048)},
+        dims=(64,),
+        heads=(48, 48),
         sizes=_sizes,
         inputs=inputs,
         reduced=_reduced,
         grads=("q", "k", "v"),
         flops=_flops(density),
         traffic=_traffic,
+        axes=axes,
+        batch={"cuda": 4},
+        facts=_facts(op),
     )
 
 
-_MASK = "torch's scaled_dot_product_attention with a mask of every head"
 HASH_RACE = _race(
     "hash_sparse_attention",
     _hash_inputs,
-    1 / BUCKETS,
-    Peer("sdpa-mask", _MASK, _masked_hash, _few_tokens, devices=("cpu", "cuda")),
-    Peer("flex", "FlexAttention, compiled, on sorted rows with a block mask made in the call", _flex),
-    Peer("varlen", "torch's kernel for packed sequences on the rows as we sort them", _varlen, _plain_heads),
+    lambda shape: 1 / _buckets(shape),
+    {"nb": Axis("number of buckets", (16,), _number)},
+    HASH_PEERS,
 )
 QK_RACE = _race(
     "qk_sparse_attention",
     _qk_inputs,
-    0.25,
-    Peer("sdpa-mask", _MASK, _masked_qk, _few_tokens, devices=("cpu", "cuda")),
+    lambda shape: _keep(shape) ** 2,
+    {"keep": Axis("share of the queries, and of the keys, that every head keeps", ("0.5",), _share)},
+    QK_PEERS,
 )

@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,11 @@ from attnkit._core.registry import Registry
 from attnkit.ops import OPS
 from attnkit.report.race import OWN
 
-__all__ = ["BACKWARD", "MEMORY_BOUND", "OWN", "Operator", "Peer", "Race", "Shape", "contestants"]
+__all__ = ["BACKWARD", "MEMORY_BOUND", "OWN", "Axis", "Facts", "Operator", "Peer", "Race", "Shape", "Sizes", "contestants"]
 
 Operator = Callable[..., Any]  # takes the operator's keyword arguments, returns what the operator returns
 Sizes = Mapping[str, int]
+Value = int | str
 
 BACKWARD = "fwd+bwd"
 MEMORY_BOUND = ("decode", "step")  # passes that read much and compute little
@@ -33,15 +35,22 @@ class Shape:
         step: the pass: "fwd", "fwd+bwd", "decode" or "step".
         sizes: letter -> size, as rows show them; S (keys) where it differs from T, else T is the length.
         dtype, device: of the inputs.
+        variant: what else tells inputs apart, a value for each axis of the race; rows show it beside the sizes.
     """
 
     step: str
     sizes: Sizes
     dtype: torch.dtype
     device: torch.device
+    variant: Mapping[str, Value] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return f"{self.step}, {' '.join(f'{name}={size}' for name, size in self.sizes.items())}"
+        return f"{self.step}, {' '.join(f'{name}={value}' for name, value in self.place.items())}"
+
+    @property
+    def place(self) -> dict[str, Value]:
+        """Sizes and variant."""
+        return {**self.sizes, **self.variant}
 
     @property
     def trains(self) -> bool:
@@ -67,6 +76,8 @@ class Peer:
         module: what must be importable.
         install: how to get it, in the sentence "... is not installed; ...".
         package: distribution whose version belongs into the result; empty where torch's says it.
+        same_result: whether it computes what the operator computes. One that does not is a baseline: it is timed and its
+            memory measured, nobody judges its numbers, and rows call it by its label.
     """
 
     name: str
@@ -77,6 +88,12 @@ class Peer:
     module: str = "torch"
     install: str = ""
     package: str = ""
+    same_result: bool = True
+
+    @property
+    def label(self) -> str:
+        """What rows and plots call it: a baseline's name ends in a star."""
+        return self.name if self.same_result else f"{self.name}*"
 
     def reasons(self, shape: Shape) -> list[str]:
         """Why it cannot take part on this shape."""
@@ -91,6 +108,34 @@ class Peer:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """Something other than a size that a race can be asked to vary.
+
+    Attributes:
+        summary: what it is.
+        defaults: its values unless others are asked for.
+        parse: text -> value; a ValueError says what is allowed.
+    """
+
+    summary: str
+    defaults: tuple[Value, ...]
+    parse: Callable[[str], Value]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was measured of the inputs of a shape.
+
+    Attributes:
+        text: for the rows, as their `regime`.
+        numbers: for the file, as entries of `measured`.
+    """
+
+    text: str
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Race:
     """How an operator is raced.
 
@@ -99,14 +144,18 @@ class Race:
         peers: whom it meets.
         passes: what can be timed, in the order of the rows.
         lengths: kind of device -> tokens, by default.
-        dims: head widths, by default.
+        dims: head widths, by default; none where the operator has no heads.
         heads: (H, Hkv), by default.
         sizes: (pass, length, head width, heads, batch) -> sizes of the shape.
-        inputs: (sizes, generator) -> the operator's keyword arguments, float tensors in float32 on the generator's device.
+        inputs: (shape, generator) -> the operator's keyword arguments on the generator's device, float tensors in float32 or
+            in the shape's dtype.
         reduced: sizes -> small sizes of the same kind, for conformance.
         grads: inputs that get gradients in "fwd+bwd".
-        flops: shape -> multiplications and additions.
-        traffic: shape -> bytes that a memory-bound pass must read or write.
+        flops: shape -> multiplications and additions; None where the operator does little else than read and write.
+        traffic: shape -> bytes that must be read or written, of passes that are bound by memory and of races without flops.
+        axes: what else can be varied.
+        batch: kind of device -> sequences, by default 1.
+        facts: (shape, inputs) -> what is worth knowing about them; measured after our first call, once for all passes.
     """
 
     op: str
@@ -116,15 +165,18 @@ class Race:
     dims: tuple[int, ...]
     heads: tuple[int, int]
     sizes: Callable[[str, int, int, tuple[int, int], int], Sizes]
-    inputs: Callable[[Sizes, torch.Generator], dict[str, Any]]
+    inputs: Callable[[Shape, torch.Generator], dict[str, Any]]
     reduced: Callable[[Sizes], Sizes]
     grads: tuple[str, ...]
-    flops: Callable[[Shape], float]
+    flops: Callable[[Shape], float] | None
     traffic: Callable[[Shape], float]
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+    batch: Mapping[str, int] = field(default_factory=dict)
+    facts: Callable[[Shape, dict[str, Any]], Facts] | None = None
 
     def draw(self, shape: Shape, seed: int) -> dict[str, Any]:
         """Inputs of a shape, in its dtype on its device."""
-        inputs = self.inputs(shape.sizes, torch.Generator(shape.device).manual_seed(seed))
+        inputs = self.inputs(shape, torch.Generator(shape.device).manual_seed(seed))
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 inputs[name] = value.to(shape.dtype).requires_grad_(shape.trains and name in self.grads)
@@ -150,6 +202,27 @@ class Race:
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise OptionError(f"unknown pass {name!r} of {self.op}; {hint}known: {', '.join(self.passes)}")
         return tuple(name for name in self.passes if names is None or name in names)
+
+    def choose_variants(self, vary: Mapping[str, Sequence[Value]] | None) -> list[dict[str, Value]]:
+        """Every combination of the values of the axes, the given ones and else their defaults.
+
+        Raises:
+            OptionError: the race has no such axis, or the axis no such value.
+        """
+        for name in vary or ():
+            if name not in self.axes:
+                known = ", ".join(self.axes) or "none"
+                raise OptionError(f"{self.op} has nothing called {name!r} to vary; known: {known}")
+        chosen = [
+            [self._parse(name, value) for value in (vary or {}).get(name, axis.defaults)] for name, axis in self.axes.items()
+        ]
+        return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*map(dict.fromkeys, chosen))]
+
+    def _parse(self, name: str, value: Value) -> Value:
+        try:
+            return self.axes[name].parse(str(value))
+        except ValueError as error:
+            raise OptionError(f"{name}={value} of {self.op}: {error}") from error
 
 
 def contestants(race: Race, chosen: Sequence[str | Peer] | None, device: torch.device) -> tuple[Peer, ...]:

@@ -1,7 +1,7 @@
 """The entry: arguments are checked, shapes are raced, files are written."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ def run(
     dims: Sequence[int] | None = None,
     passes: Sequence[str] | None = None,
     heads: tuple[int, int] | None = None,
-    batch: int = 1,
+    batch: int | None = None,
+    vary: Mapping[str, Sequence[int | str]] | None = None,
     backend: str = "auto",
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -52,7 +53,8 @@ def run(
         dims: head widths D; None means the race's own.
         passes: "fwd", "fwd+bwd", "decode", "step", as far as the race has them; None means all.
         heads: (H, Hkv); None means the race's own.
-        batch: B.
+        batch: B; None means the race's own for the device.
+        vary: name -> values of what else the race can vary (docs/race.md), one shape for each combination.
         backend: of ours; "auto" takes whatever the operator would choose.
         device: where to compute.
         dtype: of the inputs, by default bfloat16 on CUDA and float32 elsewhere.
@@ -66,7 +68,7 @@ def run(
         the envelope of attnkit.race/1, as in the file. Times are in milliseconds, memory in MiB, rates in 1e12 operations
         and 1e9 bytes a second.
     Raises:
-        OptionError: an unknown operator, peer, pass or backend, or a value outside its range.
+        OptionError: an unknown operator, peer, pass, backend or name in `vary`, or a value outside its range.
         InputError: the operator does not take such shapes.
         BackendUnavailable: the backend of ours cannot run them; the message has its reasons.
     """
@@ -74,11 +76,16 @@ def run(
     number = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     chosen = contestants(race, peers, place)
     lengths, dims = lengths or race.lengths[place.type], dims or race.dims
+    batch = race.batch.get(place.type, 1) if batch is None else batch
     if min(*lengths, *dims, batch) < 1 or rounds < MIN_ROUNDS:
         raise OptionError(f"lengths, dims and batch must be at least 1 and rounds at least {MIN_ROUNDS}")
+    if not race.dims and (dims or heads):
+        raise OptionError(f"{op} has no heads; leave dims and heads out")
     shapes = [
-        Shape(step, race.sizes(step, length, width, heads or race.heads, batch), number, place)
-        for step, width, length in itertools.product(race.choose_passes(passes), dims, sorted(set(lengths)))
+        Shape(step, race.sizes(step, length, width, heads or race.heads, batch), number, place, variant)
+        for step, width, variant, length in itertools.product(
+            race.choose_passes(passes), dims or (1,), race.choose_variants(vary), sorted(set(lengths))
+        )
     ]
     with machine.cold_kernels() as cold, torch.cuda.device(place) if place.type == "cuda" else nullcontext():
         _check(race, shapes, backend)
