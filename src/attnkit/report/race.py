@@ -154,6 +154,7 @@ def _table(rows: Sequence[Row], what: _Identity) -> Table:
         "peer / ours": [f"{row['ratio']:.2f} {'▲' if row['ratio'] > 1 else '▼'}" for row in rows],
         "spread": [_percent(row.get("spread"), 1) for row in rows],
         "first call s": [number(row.get("first_call_s")) for row in rows],
+        "peer's first call s": [number(row.get("peer_first_call_s")) for row in rows],
         "ours TFLOP/s": [number(row.get("tflops")) for row in rows],
         "peer TFLOP/s": [number(row.get("peer_tflops")) for row in rows],
         "ours tokens/s": [number(row.get("tokens_s")) for row in rows],
@@ -165,6 +166,8 @@ def _table(rows: Sequence[Row], what: _Identity) -> Table:
         "ours MiB": [number(row.get("peak_mib")) for row in rows],
         "peer MiB": [number(row.get("peer_peak_mib")) for row in rows],
     }
+    for name in dict.fromkeys(name for row in rows for name in row.get("facts", ())):
+        columns[name] = [number(row.get("facts", {}).get(name)) for row in rows]
     shown = {name: cells for name, cells in columns.items() if name in what.varying or set(cells) != {ABSENT}}
     note = "▲ ours is faster, ▼ the peer is. Times are medians; spread is relative; MiB is peak memory."
     notes = dict.fromkeys(row["note"] for row in rows if row.get("note"))

@@ -28,11 +28,10 @@ timed and the row's `note` says so.
 *First call.* `first_call_s` is the time of our first call of a shape in this process, before anything else of that shape.
 Triton's cache on disk is replaced by an empty folder for the length of the race, so compiling is part of it; kernels that an
 earlier shape of the same race has compiled are not compiled again. It is null where kernels of ours were loaded before
-the race began. The file's `measured` has everybody's: a peer's includes what it makes beforehand, and comes before it is
-judged, which would compile kernels for it.
+the race began. `peer_first_call_s` is the peer's, what it makes beforehand included, before it is judged, which would compile
+kernels for it.
 
-*Inputs.* A race may vary more than sizes (`vary`). What it measures of its inputs, in words, is the `regime` of a row; the
-numbers are in `measured`.
+*Inputs.* A race may vary more than sizes (`vary`). What it measures of its inputs are the `facts` of a row.
 
 *Work.* `tflops` counts the operator's multiplications and additions as its race defines them. `bandwidth_share` is the
 traffic that a decoding step cannot avoid, divided by our time and by `copy_gb_s`, the rate at which this device copied

@@ -13,7 +13,7 @@ from attnkit.lab.bench.attention import BACKWARD_FACTOR, dense_baselines
 from attnkit.lab.bench.entmax import alpha_axis, choice, package_entmax
 from attnkit.lab.bench.inputs import normal
 from attnkit.lab.bench.race import Axis, Facts, Operator, Peer, Race, Shape, Sizes
-from attnkit.lab.bench.scores import REGIMES, TILE, structured
+from attnkit.lab.bench.scores import REGIMES, structured
 
 __all__ = ["RACE"]
 
@@ -56,17 +56,14 @@ def _traffic(shape: Shape) -> float:
 
 
 def _facts(shape: Shape, inputs: dict[str, Any]) -> Facts:
-    """What thresholds say about the first heads: the share of empty tiles, of zeros, and the keys of a row."""
+    """What thresholds say about the first heads: shares of empty tiles (64 x 64) and of zeros, and the keys of a row."""
     kv_heads = min(shape.sizes["Hkv"], _MEASURED_HEADS)
     heads = kv_heads * (shape.sizes["H"] // shape.sizes["Hkv"])
     few = {"q": inputs["q"][:1, :, :heads], "k": inputs["k"][:1, :, :kv_heads], "v": inputs["v"][:1, :, :kv_heads]}
     result = ops.entmax_attention(**inputs | few, return_aux=True)
     assert isinstance(result, ops.EntmaxAttentionResult)
     found = {name: float(values.mean()) for name, values in ops.attention_sparsity(result).items()}
-    numbers = {"empty_tiles": found["tile"], "zeros": found["element"], "support": found["support"]}
-    tiles, zeros = 100 * found["tile"], 100 * found["element"]
-    text = f"{tiles:.1f} % of the tiles of {TILE} x {TILE} and {zeros:.2f} % of the pairs hold nothing; "
-    return Facts(f"{text}{found['support']:.1f} keys a row", numbers)
+    return {"empty_tiles": found["tile"], "zeros": found["element"], "support": found["support"]}
 
 
 def _adasplash(shape: Shape) -> Operator:

@@ -38,12 +38,10 @@ class Outcome:
     Attributes:
         rows: one a peer that was raced.
         skipped: one a contestant that was not, with its reason; our own name means that nobody was.
-        measured: one a contestant: its first call, and with our own name what is known about the inputs.
     """
 
     rows: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
-    measured: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,7 @@ class Course:
         self._race, self._backend, self._peers = race, backend, peers
         self._rounds, self._seed, self._cold, self._copy_gb_s = rounds, seed, cold, copy_gb_s
         self._verdicts: dict[tuple[str, str], str] = {}
-        self._facts: dict[str, Facts] = {}
+        self._facts: dict[str, tuple[Facts, str]] = {}
 
     def run(self, shape: Shape) -> Outcome:
         """Race one shape. Whatever breaks on it, ours or a peer's, becomes a reason and does not end the race."""
@@ -90,33 +88,31 @@ class Course:
                 skipped.append({"peer": name, **_place(shape), "reason": why})
 
         rows: list[dict[str, Any]] = []
-        measured: list[dict[str, Any]] = []
         with torch.set_grad_enabled(shape.trains), listed(OWN):
             inputs = self._inputs(shape)
             own = self._own(shape, inputs)
             facts = self._known(shape, inputs[0])
-            measured.append({"peer": OWN, **_place(shape), "first_call_s": own.first_call_s, **facts.numbers})
             entrants = []
             for peer in self._peers:
                 with listed(peer.name):
                     entrant, seconds = self._peer(peer, shape, inputs, own.upstream)
-                    entrants.append((peer, entrant))
-                    measured.append({"peer": peer.name, **_place(shape), "first_call_s": seconds})
+                    entrants.append((peer, entrant, seconds))
             if entrants:
-                interleave([own.entrant, *(entrant for _, entrant in entrants)], self._rounds)
-                rows = [self._row(shape, own, peer, entrant, facts.text) for peer, entrant in entrants]
-        return Outcome(rows, skipped, measured)
+                interleave([own.entrant, *(entrant for _, entrant, _ in entrants)], self._rounds)
+                rows = [self._row(shape, own, *entry, *facts) for entry in entrants]
+        return Outcome(rows, skipped)
 
-    def _known(self, shape: Shape, inputs: dict[str, Any]) -> Facts:
+    def _known(self, shape: Shape, inputs: dict[str, Any]) -> tuple[Facts, str]:
+        """What the race measures of its inputs, or why it could not."""
         if self._race.facts is None:
-            return Facts("", {})
+            return {}, ""
         key = str(shape.place)
         if key not in self._facts:
             try:
                 with torch.no_grad():
-                    self._facts[key] = self._race.facts(shape, inputs)
+                    self._facts[key] = self._race.facts(shape, inputs), ""
             except Exception as error:  # a race is worth running without them
-                self._facts[key] = Facts(f"inputs not measured: {reason(error)}", {})
+                self._facts[key] = {}, f"inputs not measured: {reason(error)}"
         return self._facts[key]
 
     def _inputs(self, shape: Shape) -> list[dict[str, Any]]:
@@ -194,7 +190,9 @@ class Course:
         failed = "; ".join(_failure(row) for row in rows if not row.ok)
         return failed and f"fails conformance: {failed}"
 
-    def _row(self, shape: Shape, own: Own, peer: Peer, entrant: Entrant, regime: str) -> dict[str, Any]:
+    def _row(
+        self, shape: Shape, own: Own, peer: Peer, entrant: Entrant, seconds: float, facts: Facts, why: str
+    ) -> dict[str, Any]:
         ours = own.entrant
         ours_s, peer_s = statistics.median(ours.times), statistics.median(entrant.times)
         row = {
@@ -206,6 +204,8 @@ class Course:
             "ratio": peer_s / ours_s,
             "spread": spread([theirs / our for our, theirs in zip(ours.times, entrant.times, strict=True)]),
             "first_call_s": own.first_call_s,
+            "peer_first_call_s": seconds,
+            "same_result": peer.same_result,
             "backend": own.backend,
             "peak_mib": ours.peak_mib,
             "peer_peak_mib": entrant.peak_mib,
@@ -217,10 +217,10 @@ class Course:
             row["tflops"] = flops / ours_s / 1e12
             if peer.same_result:
                 row["peer_tflops"] = flops / peer_s / 1e12
-        if regime:
-            row["regime"] = regime
+        if facts:
+            row["facts"] = dict(facts)
         other = "" if peer.same_result else f"{peer.label} computes something else: {peer.summary}"
-        notes = "; ".join(note for note in (ours.note, entrant.note, other) if note)
+        notes = "; ".join(note for note in (ours.note, entrant.note, other, why) if note)
         return row | {"note": notes} if notes else row
 
 

@@ -122,17 +122,7 @@ class Axis:
     parse: Callable[[str], Value]
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What was measured of the inputs of a shape.
-
-    Attributes:
-        text: for the rows, as their `regime`.
-        numbers: for the file, as entries of `measured`.
-    """
-
-    text: str
-    numbers: Mapping[str, float]
+Facts = Mapping[str, float]  # what was measured of the inputs of a shape
 
 
 @dataclass(frozen=True)

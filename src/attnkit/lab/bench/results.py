@@ -62,21 +62,18 @@ class Results:
         self._began, self._spent = time.perf_counter(), 0.0
         self._rows: list[dict[str, Any]] = []
         self._skipped: list[dict[str, Any]] = []
-        self._measured: list[dict[str, Any]] = []
         self.finished: list[str] = []
         self.copy_gb_s: float | None = None
         stored = earlier(self._path, "race", resume=resume)
         if stored is not None and self._path is not None:
             require_same(self._path, stored, dataclasses.asdict(rules))
             self._rows, self._skipped, self.finished = stored["rows"], stored["skipped"], stored["finished"]
-            self._measured = stored.get("measured", [])
             self.copy_gb_s, self._spent = stored["copy_gb_s"], stored["wall_s"]
 
     def add(self, shape: Shape, outcome: Outcome) -> None:
         """Record one shape."""
         self._rows += outcome.rows
         self._skipped += outcome.skipped
-        self._measured += outcome.measured
         self.finished.append(str(shape))
         self.save(complete=False)
 
@@ -95,7 +92,6 @@ class Results:
                 **{name: getattr(rules, name) for name in ("op", "commit", "backend", "peers", "rounds", "threads")},
                 "copy_gb_s": self.copy_gb_s,
                 "skipped": self._skipped,
-                "measured": self._measured,
                 "finished": self.finished,
                 "complete": complete,
             },
