@@ -45,7 +45,7 @@ def failures(race: bench.Race, peer: bench.Peer, where: Shape) -> list[conforman
 
 def empty_tiles(where: Shape) -> float:
     assert ATTENTION.facts is not None
-    return ATTENTION.facts(where, ATTENTION.draw(where, seed=0)).numbers["empty_tiles"]
+    return ATTENTION.facts(where, ATTENTION.draw(where, seed=0))["empty_tiles"]
 
 
 def test_scores_are_as_sparse_as_they_are_called() -> None:
