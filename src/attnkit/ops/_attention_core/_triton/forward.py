@@ -5,6 +5,7 @@ import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
 from attnkit.ops._attention_core._triton.steps import (
+    MOST_STEPS,
     PARTS,
     entmax_end,
     entmax_refine,
@@ -161,13 +162,14 @@ def _softmax_rows(
 
 @triton.jit
 def _entmax_rows(
-    span, tiles, b_q, o_pos, num_steps, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    span, tiles, b_q, o_pos, n_refine, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs.
 
-    `tiles` (or None) is where the list of the tiles of keys in the support goes, after their number.
+    tau is updated n_refine times at least, and until it is close. `tiles` (or None) is where the list of the tiles of keys in
+    the support goes, after their number.
     """
     factor = rules[1]
     # of sum(p), before two more steps that about square what is off
@@ -187,8 +189,8 @@ def _entmax_rows(
     )  # fmt: skip
     tau, low, high = entmax_start(m, state, factor)
     off = 1.0
-    step = 0
-    while (off > TOLERANCE) & (step < num_steps):
+    step = 1  # the last pass makes one, too
+    while ((off > TOLERANCE) | (step < n_refine)) & (step < MOST_STEPS):
         sums, _ = _sweep(
             span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), tau, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
@@ -213,7 +215,7 @@ def fwd(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
-    num_steps, stride_tiles,
+    n_refine, stride_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -265,7 +267,7 @@ def fwd(
         if tiles is not None:
             tiles += pid.to(tl.int64) * stride_tiles + 1
         acc, m, other = _entmax_rows(
-            span, tiles, b_q, o_pos, num_steps, keys, rules,
+            span, tiles, b_q, o_pos, n_refine, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
     else:

@@ -11,6 +11,7 @@ import triton.language as tl
 from attnkit._core.triton.maths import LOG2E, rounded_to, tanh
 
 __all__ = [
+    "MOST_STEPS",
     "PARTS",
     "entmax_end",
     "entmax_refine",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 FAR, NEAR = tl.constexpr(0.8), tl.constexpr(0.4)  # below the maximum: where the search for tau begins
+MOST_STEPS = tl.constexpr(13)  # of that search
 PARTS = tl.constexpr(8)  # of a row whose sums are kept apart, which spares threads from talking to each other
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
 
