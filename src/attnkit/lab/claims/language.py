@@ -65,7 +65,8 @@ def train_arm(
         seed: of weights and order.
     Returns:
         `parameters`, `validation_loss`, `step_ms` (median over the log after its first line, which has compiling in it),
-        `peak_mib`, `curve` ([step, validation loss] pairs); the model in evaluation mode; the data.
+        `peak_mib` (of a GPU; that of a process tells nothing of one run), `curve` ([step, validation loss] pairs); the model
+        in evaluation mode; the data.
     """
     from attnkit import training
 
@@ -91,7 +92,7 @@ def train_arm(
         "parameters": document["model"]["parameters"],
         "validation_loss": lines[-1]["validation_loss"],
         "step_ms": statistics.median(times[1:] or times) if times else None,
-        "peak_mib": document["speed"]["peak_mib"],
+        "peak_mib": document["speed"]["peak_mib"] if place.device.type == "cuda" else None,
         "curve": [[line["step"], round(line["validation_loss"], 4)] for line in lines if "validation_loss" in line],
     }
     return row, trained, data

@@ -1,21 +1,22 @@
 """Where a cell works: its folder, the device, whoever listens, and trainings that go on where they were."""
 
-import random
+import dataclasses
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from attnkit import report
 from attnkit._core.events import Event
-from attnkit.assets import load_text
 from attnkit.modules import AlphaSchedule
 
 if TYPE_CHECKING:
-    from attnkit.training import Recipe, TextData
+    from attnkit.training import PackedRows, Recipe, TextData
 
 __all__ = ["Place"]
 
@@ -67,6 +68,10 @@ class Place:
         if (out / "train.json").is_file():
             document = report.read_envelope(out / "train.json")
         else:
+            if self.device.type == "cuda":  # the peak of each training is its own
+                gc.collect()
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(self.device)
             document = training.train(
                 model, data, recipe, out, resume=(out / "run.json").is_file(), device=self.device.type, alpha=alpha,
                 validation_rows=validation_rows, on_event=self._hear,
@@ -87,25 +92,28 @@ class Place:
         Args:
             source, row_tokens, rows, seed: as there.
             length: tokens of the longest sequence.
-            joined: all documents one after the other, in an order drawn once, as one: then sequences have the full length.
+            joined: the documents of either side of the split follow each other as one, so that sequences have the full length.
         """
         from attnkit import training
 
-        if joined:
-            source = str(self._joined(source))
-        return training.load_text_data(
+        data = training.load_text_data(
             source, training.load_tokenizer("bytes"), row_tokens=row_tokens, max_length=length, rows=rows, seed=seed,
             on_phase=lambda phase: self.tell(0.0, phase),
         )  # fmt: skip
+        if not joined:
+            return data
 
-    def _joined(self, source: str) -> Path:
-        path = self.folder / "joined.txt"
-        if not path.is_file():
-            self.tell(0.0, f"joining the documents of {Path(source).name}")
-            texts = [document.text for document in load_text(source)]
-            random.Random(0).shuffle(texts)
-            report.write_text(path, "\n\n".join(texts))
-        return path
+        def packed(documents: Sequence[np.ndarray], rows: int | None, seed: int | None) -> "PackedRows":
+            order = np.random.default_rng(0).permutation(len(documents))
+            tokens = np.concatenate([documents[number] for number in order])
+            return training.PackedRows(
+                tokens, np.array([[0, len(tokens)]]), row_tokens=row_tokens, max_length=length, rows=rows, seed=seed
+            )
+
+        return dataclasses.replace(
+            data, train=packed(data.train_documents, rows, seed), validation=packed(data.validation_documents, None, None),
+            facts={**data.facts, "joined": True},
+        )  # fmt: skip
 
     def _hear(self, event: Event) -> None:
         if event.kind == "step":

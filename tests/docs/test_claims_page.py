@@ -1,0 +1,70 @@
+"""docs/claims.md says what the result files of claims say: every verdict, and the tables that it quotes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from attnkit.lab.claims import CLAIMS
+from attnkit.report import markdown_table, read_envelope
+
+ROOT = Path(__file__).parents[2]
+RESULTS = {path.stem.removeprefix("claims-"): path for path in sorted((ROOT / "benchmarks" / "results").glob("claims-*.json"))}
+SCHEMA = ROOT / "src" / "attnkit" / "report" / "schemas" / "attnkit.claim-1.json"
+
+
+def part(name: str) -> str:
+    """The table between two marks of the page."""
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", page, re.DOTALL)
+    assert found is not None
+    return found[1].strip()
+
+
+def document(name: str) -> dict[str, Any]:
+    return read_envelope(RESULTS[name])
+
+
+def verdicts() -> str:
+    rows = [(f"`{name}`", document(name)["verdict"]["outcome"], document(name)["verdict"]["reason"]) for name in RESULTS]
+    return markdown_table(["claim", "outcome", "what came out"], rows)
+
+
+def tables() -> dict[str, str]:
+    recall, anneal = (document(name)["tables"][0] for name in ("entmax-recall", "entmax-anneal"))
+    updates = document("entmax-iterations")["tables"][0]
+    kept = [row for row in updates["rows"] if row[0] in ("512", "8,192", "65,536") and row[1] in ("0.1", "0.5", "1", "4")]
+    return {
+        "claims": verdicts(),
+        "recall": markdown_table(recall["headers"], recall["rows"]),
+        "iterations": markdown_table(updates["headers"], kept),
+        "anneal": markdown_table(anneal["headers"], anneal["rows"]),
+    }
+
+
+@pytest.mark.parametrize("name", ["claims", "recall", "iterations", "anneal"])
+def test_the_page_quotes_the_files(name: str) -> None:
+    assert part(name) == tables()[name]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_are_those_of_the_claim(name: str) -> None:
+    """A file was made by the full form, is whole, and its verdict, figures and tables follow from its rows today."""
+    import dataclasses
+    import json
+
+    from attnkit.report import plain
+
+    found = document(name)
+    jsonschema.validate(found, json.loads(SCHEMA.read_text("utf-8")))
+    claim = CLAIMS[found["claim"]["name"]]
+    assert found["complete"]
+    assert not found["quick"]
+    kinds = {field.name: field.default for field in dataclasses.fields(claim.settings)}
+    values = {key: tuple(value) if isinstance(kinds[key], tuple) else value for key, value in found["settings"].items()}
+    concluded = claim.conclude(claim.settings(**values), found["rows"])
+    assert plain(dataclasses.asdict(concluded.verdict)) == found["verdict"]
+    assert plain(list(concluded.tables)) == found["tables"]
+    assert plain(list(concluded.figures)) == found["figures"]
