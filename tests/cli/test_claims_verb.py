@@ -61,6 +61,7 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "entmax-anneal": (("base_steps=2", "steps=3"), {"validation_loss", "arm"}),
     "entmax-lm": (("lengths=64", "layers=1"), {"validation_loss", "step_ms", "norm"}),
     "scfa-lm": (("lengths=64", "layers=1"), {"validation_loss", "step_ms", "arm", "curve"}),
+    "entmax-encoder": (("lengths=16", "alphas=1,1.5"), {"accuracy", "alpha"}),
 }
 
 

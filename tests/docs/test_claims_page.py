@@ -68,3 +68,10 @@ def test_results_are_those_of_the_claim(name: str) -> None:
     assert plain(dataclasses.asdict(concluded.verdict)) == found["verdict"]
     assert plain(list(concluded.tables)) == found["tables"]
     assert plain(list(concluded.figures)) == found["figures"]
+
+
+def test_what_the_page_says_of_alpha_2() -> None:
+    rows = [row for row in document("entmax-iterations")["rows"] if row["alpha"] == 2 and row["method"] != "bisection"]
+    assert max(row["worst"] for row in rows if row["method"] == "Halley from a histogram") == 5
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert "up to five are left after the histogram" in page.replace("\n", " ")

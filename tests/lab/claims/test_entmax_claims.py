@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from attnkit import ops
 from attnkit.lab.claims import CLAIMS
+from attnkit.lab.claims.entmax_encoder import Sections, sections
 from attnkit.lab.claims.entmax_iterations import METHODS, exact_threshold, updates_needed
 
 
@@ -142,3 +144,43 @@ def test_the_verdict_on_language_models() -> None:
     found = language(0.01, 0.8)
     assert found.tables[0]["rows"][0] == ["64", 1.5, 1.51, pytest.approx(0.01), 10.0, 12.5, 0.8, 0.7, 0.2]
     assert [figure["kind"] for figure in found.figures] == ["lines", "heat", "heat"]
+
+
+def test_sections_are_windows_with_their_number() -> None:
+    texts = tuple(np.full(100 + label, label + 65, np.uint8) for label in range(3))
+    examples = Sections(texts).generate(seed=0, n=50, length=20)
+    labels = examples.labels[:, -1]
+    assert set(labels.tolist()) == {0, 1, 2}
+    assert bool((examples.labels[:, :-1] == -100).all())
+    assert bool((examples.input_ids[:, :-1] == labels[:, None] + 65).all())
+    assert bool((examples.input_ids[:, -1] == 256).all())
+    long = Sections(texts).generate(seed=0, n=4, length=120)
+    assert bool((long.input_ids[:, 102:] == 256).all()), "a short section is all of it"
+
+
+def test_what_is_kept_apart_is_not_trained_on() -> None:
+    trained, held, names = sections(4)
+    assert len(names) == len(trained.texts) == len(held.texts) == 4
+    for text, other in zip(trained.texts, held.texts, strict=True):
+        assert 0.05 < len(other) / len(text) < 2
+        assert other.tobytes()[500:800] not in text.tobytes()
+
+
+def encoder(gains: dict[int, list[float]]) -> Any:
+    claim = CLAIMS["entmax-encoder"]
+    settings = claim.configure(changes={"lengths": ",".join(map(str, gains))})
+    rows = [
+        {"length": length, "seed": seed, "alpha": alpha, "accuracy": 0.5 + (gain if alpha == 1.5 else 0), "step_ms": 1.0}
+        for length, of in gains.items()
+        for seed, gain in enumerate(of)
+        for alpha in (1.0, 1.5)
+    ]
+    return claim.conclude(settings, rows).verdict
+
+
+def test_the_verdict_on_encoders() -> None:
+    assert encoder({64: [0.0, 0.1], 128: [0.1, 0.2]}).outcome == "holds"
+    assert encoder({64: [-0.1, 0.0], 128: [0.1, 0.2]}).outcome == "holds in part"
+    assert encoder({64: [0.1, 0.1], 128: [0.3, -0.1]}).outcome == "undecided"
+    assert encoder({64: [-0.1, 0.0], 128: [0.1, -0.2]}).outcome == "does not hold"
+    assert encoder({64: [0.1, 0.1], 128: [0.3]}).outcome == "undecided"

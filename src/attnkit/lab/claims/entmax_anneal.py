@@ -95,7 +95,7 @@ def _train(settings: Settings, seed: int, arm: str, place: Place) -> Row:
         steps=steps, learning_rate=settings.base_rate if base else settings.rate, decay=0.2 if base else 0.0, seed=seed,
         precision=place.precision, log_every=min(50, steps) if base else 1,
     )  # fmt: skip
-    return place.train(f"seed {seed}, {arm}", model, data, recipe, alpha=alpha, validation_rows=32)[0]
+    return place.train(f"seed {seed}, {arm}", model, data, recipe, alpha=alpha, validation_rows=32)
 
 
 def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:

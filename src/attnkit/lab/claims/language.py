@@ -83,7 +83,7 @@ def train_arm(
         steps=settings.steps, learning_rate=settings.learning_rate, decay=0.0, warmup=0.1, seed=seed, precision=place.precision,
         compile=settings.compile, log_every=every, validate_every=validate,
     )  # fmt: skip
-    document, trained = place.train(name, model, data, recipe, validation_rows=settings.validation_rows)
+    document = place.train(name, model, data, recipe, validation_rows=settings.validation_rows)
     lines = document["rows"]
     times = [line["step_ms_p50"] for line in lines if line["step_ms_p50"]]
     row = {
@@ -95,7 +95,7 @@ def train_arm(
         "peak_mib": document["speed"]["peak_mib"] if place.device.type == "cuda" else None,
         "curve": [[line["step"], round(line["validation_loss"], 4)] for line in lines if "validation_loss" in line],
     }
-    return row, trained, data
+    return row, place.load(name), data
 
 
 @torch.no_grad()

@@ -53,14 +53,14 @@ class Place:
         *,
         alpha: AlphaSchedule | None = None,
         validation_rows: int = 64,
-    ) -> tuple[dict[str, Any], Any]:
+    ) -> dict[str, Any]:
         """Train, or go on with a training of this name, or find it done.
 
         Args:
             name: of the run, by convention the cell's.
             model, data, recipe, alpha, validation_rows: see `attnkit.training.train`.
         Returns:
-            the result of attnkit.train/1, and the trained model on the device, in evaluation mode.
+            the result of attnkit.train/1.
         """
         from attnkit import training
 
@@ -78,10 +78,10 @@ class Place:
             )  # fmt: skip
         for checkpoint in out.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        return document, self.load(name)
+        return document
 
     def load(self, name: str) -> Any:
-        """The model of a finished training, on the device and in evaluation mode."""
+        """The language model of a finished training, on the device and in evaluation mode."""
         from attnkit import training
 
         return training.load_model(self.run_folder(name))[0].to(self.device)
