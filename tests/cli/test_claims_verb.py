@@ -37,7 +37,7 @@ def test_list_and_show() -> None:
         assert CLAIMS[name].source in text
         assert "seeds" in text
     found = loaded(claims("show", "entmax-recall", "--json"))
-    assert found["settings"]["lengths"] == [64, 128, 256, 512]
+    assert found["settings"]["lengths"] == [64, 128, 256, 512, 1024, 2048]
     assert found["quick"]["seeds"] == [0]
 
 

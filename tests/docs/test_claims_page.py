@@ -1,6 +1,7 @@
 """docs/claims.md says what the result files of claims say: every verdict, and the tables that it quotes."""
 
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import jsonschema
 import pytest
 
 from attnkit.lab.claims import CLAIMS
-from attnkit.report import markdown_table, read_envelope
+from attnkit.report import interval, markdown_table, read_envelope
 
 ROOT = Path(__file__).parents[2]
 RESULTS = {path.stem.removeprefix("claims-"): path for path in sorted((ROOT / "benchmarks" / "results").glob("claims-*.json"))}
@@ -33,18 +34,20 @@ def verdicts() -> str:
 
 
 def tables() -> dict[str, str]:
-    recall, anneal = (document(name)["tables"][0] for name in ("entmax-recall", "entmax-anneal"))
+    names = ("entmax-recall", "entmax-recall-rotary", "entmax-anneal")
+    recall, rotary, anneal = (document(name)["tables"][0] for name in names)
     updates = document("entmax-iterations")["tables"][0]
     kept = [row for row in updates["rows"] if row[0] in ("512", "8,192", "65,536") and row[1] in ("0.1", "0.5", "1", "4")]
     return {
         "claims": verdicts(),
         "recall": markdown_table(recall["headers"], recall["rows"]),
+        "rotary": markdown_table(rotary["headers"], rotary["rows"]),
         "iterations": markdown_table(updates["headers"], kept),
         "anneal": markdown_table(anneal["headers"], anneal["rows"]),
     }
 
 
-@pytest.mark.parametrize("name", ["claims", "recall", "iterations", "anneal"])
+@pytest.mark.parametrize("name", ["claims", "recall", "rotary", "iterations", "anneal"])
 def test_the_page_quotes_the_files(name: str) -> None:
     assert part(name) == tables()[name]
 
@@ -75,3 +78,32 @@ def test_what_the_page_says_of_alpha_2() -> None:
     assert max(row["worst"] for row in rows if row["method"] == "Halley from a histogram") == 5
     page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
     assert "up to five are left after the histogram" in page.replace("\n", " ")
+
+
+def eight_seeds() -> str:
+    """Gain of entmax over the longer lengths with its 95 % interval (Student's t, seven degrees of freedom)."""
+    rows = [row for name in ("entmax-recall-rotary", "entmax-recall-seeds") for row in document(name)["rows"]]
+    longer = [row for row in rows if row["positions"] == "first" and row["length"] > 64]
+    gains = []
+    for seed in range(8):
+        means = [
+            statistics.mean(row["accuracy"] for row in longer if (row["seed"], row["norm"]) == (seed, norm))
+            for norm in ("softmax", "entmax")
+        ]
+        gains.append(means[1] - means[0])
+    half = 2.365 * statistics.stdev(gains) / len(gains) ** 0.5
+    return interval(statistics.mean(gains), statistics.mean(gains) - half, statistics.mean(gains) + half, 3)
+
+
+def test_eight_seeds_are_quoted() -> None:
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert f"entmax is ahead by {eight_seeds()} in the mean" in page.replace("\n", " ")
+
+
+def test_what_the_page_says_of_recall_at_2048_tokens() -> None:
+    """Ahead in the mean, clearly with two seeds, level with the third."""
+    rows = [row for row in document("entmax-recall")["rows"] if row["length"] == 2048]
+    accuracy = {(row["norm"], row["seed"]): row["accuracy"] for row in rows}
+    gains = sorted(accuracy["entmax", seed] - accuracy["softmax", seed] for seed in range(3))
+    assert abs(gains[0]) < 0.002
+    assert gains[1] > 0.005

@@ -71,7 +71,7 @@ def test_the_verdict_on_iterations() -> None:
 
 def recall(gains: dict[str, list[float]], learnt: float = 1.0) -> Any:
     claim = CLAIMS["entmax-recall"]
-    settings = claim.configure(changes={"lengths": "64,128,256"})
+    settings = claim.configure(changes={"lengths": "64,128,256", "positions": "first,both"})
     rows = [
         {
             "positions": positions, "seed": seed, "norm": norm, "length": length,
@@ -89,8 +89,8 @@ def test_the_verdict_on_recall() -> None:
     more, less, mixed = [0.1, 0.2, 0.3], [-0.1, -0.1, 0.0], [0.3, 0.3, -0.01]
     found = recall({"first": more, "both": more})
     assert found.verdict.outcome == "holds"
-    assert found.verdict.numbers["gain, rotary in first"] == pytest.approx(0.2)
-    assert found.verdict.numbers["least gain of a seed, rotary in both"] == pytest.approx(0.1)
+    assert found.verdict.numbers["gain, first"] == pytest.approx(0.2)
+    assert found.verdict.numbers["least gain of a seed, both"] == pytest.approx(0.1)
     assert recall({"first": more, "both": less}).verdict.outcome == "holds in part"
     assert recall({"first": less, "both": less}).verdict.outcome == "does not hold"
     assert recall({"first": mixed, "both": mixed}).verdict.outcome == "undecided"
