@@ -1,0 +1,123 @@
+"""The mLSTM by its definition: one token after the other, and all pairs of tokens at once. Neither knows chunks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnkit._core.checks import accumulator_dtype
+from attnkit.ops._chunkwise_core.call import sequences
+from attnkit.ops._chunkwise_core.state import RecurrentState
+from attnkit.ops.mlstm.call import MLSTMCall, parts_of
+
+__all__ = ["MAX_PAIRS", "parallel", "recurrent"]
+
+Result = tuple[Tensor, RecurrentState]
+MAX_PAIRS = 4096**2  # of tokens of a sequence; the parallel form writes them all down
+_LOWEST = -1e4
+
+
+def recurrent(call: MLSTMCall) -> Result:
+    """Token by token, in the accumulation dtype with one rounding of each output; differentiable by autograd."""
+    outs, states = [], []
+    for rows, seqs in sequences(call):
+        parts = [t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f)]
+        out, state = _recurrent(call, *parts, _start(call, parts[0].shape[0], seqs))
+        outs.append(out if call.cu_seqlens is None else out[0])
+        states.append(state)
+    return torch.cat(outs), _together(states)
+
+
+def _recurrent(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: RecurrentState) -> Result:
+    acc, group = accumulator_dtype(q.dtype), q.shape[2] // k.shape[2]
+    C, n, m = state
+    outs = []
+    for t in range(q.shape[1]):
+        q_t, k_t, v_t = (x[:, t].to(acc) for x in (q * 1, k, v))
+        log_f = F.logsigmoid(f[:, t]).clamp(min=_LOWEST)
+        log_i = i[:, t] if call.input_gate == "exp" else F.logsigmoid(i[:, t])
+        if m is None:
+            keep, put, low = log_f.exp(), log_i.exp(), None
+        else:
+            highest = torch.maximum(log_f + m, log_i)
+            keep, put, m = (log_f + m - highest).exp(), (log_i - highest).exp(), highest
+            low = torch.exp(-m).repeat_interleave(group, 1)
+        C = keep[..., None, None] * C + put[..., None, None] * (k_t[..., None] * v_t[..., None, :])
+        q_t = call.scale * q_t
+        h = torch.einsum("bhk,bhkv->bhv", q_t, C.repeat_interleave(group, 1))
+        if call.normalize:
+            assert n is not None
+            n = keep[..., None] * n + put[..., None] * k_t
+            den = torch.einsum("bhk,bhk->bh", q_t, n.repeat_interleave(group, 1)).abs()
+            least = torch.ones_like(den) if low is None else low
+            h = h / (torch.maximum(den, least) + call.eps)[..., None]
+        outs.append(h.to(q.dtype))
+    out = torch.stack(outs, 1) if outs else v.new_zeros(*q.shape[:-1], v.shape[-1])
+    return out, RecurrentState(C, n, m)
+
+
+def parallel(call: MLSTMCall) -> Result:
+    """All pairs of tokens at once; products take operands in q's dtype, everything else is in the accumulation dtype."""
+    outs, states = [], []
+    for rows, seqs in sequences(call):
+        parts = [t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f)]
+        out, state = _parallel(call, *parts, _start(call, parts[0].shape[0], seqs))
+        outs.append(out if call.cu_seqlens is None else out[0])
+        states.append(state)
+    return torch.cat(outs), _together(states)
+
+
+def _parallel(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: RecurrentState) -> Result:
+    acc, group, length = accumulator_dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[1]
+    if length == 0:
+        return v.new_zeros(*q.shape[:-1], v.shape[-1]), state
+
+    def low(x: Tensor) -> Tensor:
+        return x.to(q.dtype).to(acc)
+
+    q, keys, values = (t.to(acc).transpose(1, 2) for t in (q, k, v))
+    log_f = F.logsigmoid(f).clamp(min=_LOWEST).transpose(1, 2)  # [B, Hkv, T]
+    log_i = (i if call.input_gate == "exp" else F.logsigmoid(i)).transpose(1, 2)
+    # between rows: sums of columns below the diagonal, so that no two large sums are subtracted
+    steps = log_f[..., :, None].expand(*log_f.shape, length).tril(-1).cumsum(-2)
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    weights = (steps + log_i[..., None, :]).masked_fill(~seen, -torch.inf)
+    before = log_f.cumsum(-1)
+    m = log_f.new_zeros(log_f.shape)
+    if state.m is not None:
+        before = before + state.m[..., None]
+        m = torch.maximum(before, weights.amax(-1))
+    weights, before = (torch.exp(x).repeat_interleave(group, 1) for x in (weights - m[..., None], before - m))
+    keys_q, values_q = (t.repeat_interleave(group, 1) for t in (keys, values))
+    prob = call.scale * (q @ keys_q.transpose(-1, -2)) * weights
+    faded = call.scale * q * before[..., None]
+    h = low(prob) @ values_q + low(faded) @ state.S.repeat_interleave(group, 1)
+    if call.normalize:
+        assert state.n is not None
+        den = prob.sum(-1) + (faded @ state.n.repeat_interleave(group, 1)[..., None])[..., 0]
+        h = h / (torch.maximum(den.abs(), torch.exp(-m).repeat_interleave(group, 1)) + call.eps)[..., None]
+    out = h.transpose(1, 2).to(call.q.dtype)
+    return out, _last(call, keys, values, weights[:, ::group, -1], before[:, ::group, -1], state, m[..., -1], low)
+
+
+def _last(
+    call: MLSTMCall, keys: Tensor, values: Tensor, put: Tensor, kept: Tensor, state: RecurrentState, m: Tensor, low: object
+) -> RecurrentState:
+    assert callable(low)
+    weighted = put[..., None] * keys
+    S = kept[..., None, None] * state.S + low(weighted).transpose(-1, -2) @ values
+    n = None if state.n is None else kept[..., None] * state.n + weighted.sum(-2)
+    return RecurrentState(S, n, None if state.m is None else m)
+
+
+def _start(call: MLSTMCall, batch: int, seqs: slice | int) -> RecurrentState:
+    if call.state is not None:
+        return RecurrentState(*(None if part is None else part[seqs] for part in call.state))
+    parts = parts_of(call.input_gate, call.normalize)
+    shape = (batch, call.k.shape[-2], call.k.shape[-1])
+    S, n, m = (call.i.new_zeros(size) for size in ((*shape, call.v.shape[-1]), shape, shape[:2]))
+    return RecurrentState(S, n if "n" in parts else None, m if "m" in parts else None)
+
+
+def _together(states: list[RecurrentState]) -> RecurrentState:
+    parts = zip(*states, strict=True)
+    return RecurrentState(*(None if part[0] is None else torch.cat(part) for part in parts))
