@@ -6,6 +6,8 @@ from typing import Any
 from attnkit._core.dispatch import Explanation, explain_choice
 from attnkit._core.errors import OptionError
 from attnkit._core.opspec import OPS
+from attnkit.ops._chunkwise_core.layout import ChunkLayout
+from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.attention import spec as _attention
 from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
@@ -19,11 +21,17 @@ from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
 from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
+from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
+from attnkit.ops.mlstm.spec import SPEC as _MLSTM
+from attnkit.ops.scalar_decay import spec as _scalar_decay
+from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
 
 __all__ = [
     "OPS",
+    "ChunkLayout",
     "EntmaxAttentionResult",
     "Occupancy",
+    "RecurrentState",
     "attention",
     "attention_sparsity",
     "entmax",
@@ -34,14 +42,22 @@ __all__ = [
     "explain",
     "hash_sparse_attention",
     "indexed_attention",
+    "lightning_attention",
+    "lightning_slopes",
     "merge_partials",
+    "mlstm",
+    "mlstm_parallel",
+    "mlstm_recurrent",
+    "mlstm_step",
     "occupancy",
     "qk_sparse_attention",
     "query_sparse_attention",
+    "scalar_decay_attention",
+    "scalar_decay_step",
     "sparsemax",
 ]
 
-for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION):
+for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION, _MLSTM, *_scalar_decay.SPECS):
     OPS.register(_spec.name, _spec)
 
 

@@ -9,7 +9,7 @@ from attnkit.ops._chunkwise_core.call import sequences
 from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.mlstm.call import MLSTMCall, parts_of
 
-__all__ = ["MAX_PAIRS", "parallel", "recurrent"]
+__all__ = ["MAX_PAIRS", "parallel", "recurrent", "row_scale"]
 
 Result = tuple[Tensor, RecurrentState]
 MAX_PAIRS = 4096**2  # of tokens of a sequence; the parallel form writes them all down
@@ -32,7 +32,7 @@ def _recurrent(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: T
     C, n, m = state
     outs = []
     for t in range(q.shape[1]):
-        q_t, k_t, v_t = (x[:, t].to(acc) for x in (q * 1, k, v))
+        q_t, k_t, v_t = (x[:, t].to(acc) for x in (q, k, v))
         log_f = F.logsigmoid(f[:, t]).clamp(min=_LOWEST)
         log_i = i[:, t] if call.input_gate == "exp" else F.logsigmoid(i[:, t])
         if m is None:
@@ -59,22 +59,46 @@ def parallel(call: MLSTMCall) -> Result:
     """All pairs of tokens at once; products take operands in q's dtype, everything else is in the accumulation dtype."""
     outs, states = [], []
     for rows, seqs in sequences(call):
-        parts = [t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f)]
-        out, state = _parallel(call, *parts, _start(call, parts[0].shape[0], seqs))
+        q, k, v, i, f = (t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f))
+        state = _start(call, q.shape[0], seqs)
+        num, den, low, state = _sums(call, q, k, v, i, f, state)
+        if den is not None:
+            num = num / (torch.maximum(den.abs(), low) + call.eps)[..., None]
+        out = num.transpose(1, 2).to(q.dtype)
         outs.append(out if call.cu_seqlens is None else out[0])
         states.append(state)
     return torch.cat(outs), _together(states)
 
 
-def _parallel(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: RecurrentState) -> Result:
-    acc, group, length = accumulator_dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[1]
-    if length == 0:
-        return v.new_zeros(*q.shape[:-1], v.shape[-1]), state
+def row_scale(call: MLSTMCall) -> Tensor:
+    """The size of what each element of the output is a sum of, normalised: [B, T, H, Dv] (packed [R, H, Dv])."""
+    outs = []
+    for rows, seqs in sequences(call):
+        q, k, v, i, f = (t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f))
+        state = _start(call, q.shape[0], seqs)
+        num, den, low, _ = _sums(call, q, k, v, i, f, state)
+        positive = RecurrentState(state.S.abs(), None if state.n is None else state.n.abs(), state.m)
+        size, total, _, _ = _sums(call, q.abs(), k.abs(), v.abs(), i, f, positive)
+        if den is not None and total is not None:
+            whole = (torch.maximum(den.abs(), low) + call.eps)[..., None]
+            size = (size + num.abs() / whole * total[..., None]) / whole
+        outs.append(size.transpose(1, 2) if call.cu_seqlens is None else size.transpose(1, 2)[0])
+    return torch.cat(outs)
+
+
+def _sums(
+    call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: RecurrentState
+) -> tuple[Tensor, Tensor | None, Tensor, RecurrentState]:
+    """Numerators [B, H, T, Dv], what denominators are made of [B, H, T], the least denominators, the state at the end."""
+    dtype, acc, group, length = q.dtype, accumulator_dtype(q.dtype), q.shape[2] // k.shape[2], q.shape[1]
 
     def low(x: Tensor) -> Tensor:
-        return x.to(q.dtype).to(acc)
+        return x.to(dtype).to(acc)
 
     q, keys, values = (t.to(acc).transpose(1, 2) for t in (q, k, v))
+    if length == 0:
+        empty = q.new_zeros(q.shape[:-1])
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]), empty if call.normalize else None, empty, state
     log_f = F.logsigmoid(f).clamp(min=_LOWEST).transpose(1, 2)  # [B, Hkv, T]
     log_i = (i if call.input_gate == "exp" else F.logsigmoid(i)).transpose(1, 2)
     # between rows: sums of columns below the diagonal, so that no two large sums are subtracted
@@ -86,27 +110,19 @@ def _parallel(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Te
     if state.m is not None:
         before = before + state.m[..., None]
         m = torch.maximum(before, weights.amax(-1))
-    weights, before = (torch.exp(x).repeat_interleave(group, 1) for x in (weights - m[..., None], before - m))
-    keys_q, values_q = (t.repeat_interleave(group, 1) for t in (keys, values))
-    prob = call.scale * (q @ keys_q.transpose(-1, -2)) * weights
-    faded = call.scale * q * before[..., None]
-    h = low(prob) @ values_q + low(faded) @ state.S.repeat_interleave(group, 1)
-    if call.normalize:
-        assert state.n is not None
+    weights, before = torch.exp(weights - m[..., None]), torch.exp(before - m)
+    many = [t.repeat_interleave(group, 1) for t in (keys, values, weights, before, state.S)]
+    prob = call.scale * (q @ many[0].transpose(-1, -2)) * many[2]
+    faded = call.scale * q * many[3][..., None]
+    num, den = low(prob) @ many[1] + low(faded) @ many[4], None
+    weighted = weights[..., -1, :, None] * keys
+    kept = before[..., -1, None]
+    S, n = kept[..., None] * state.S + low(weighted).transpose(-1, -2) @ values, None
+    if state.n is not None:
         den = prob.sum(-1) + (faded @ state.n.repeat_interleave(group, 1)[..., None])[..., 0]
-        h = h / (torch.maximum(den.abs(), torch.exp(-m).repeat_interleave(group, 1)) + call.eps)[..., None]
-    out = h.transpose(1, 2).to(call.q.dtype)
-    return out, _last(call, keys, values, weights[:, ::group, -1], before[:, ::group, -1], state, m[..., -1], low)
-
-
-def _last(
-    call: MLSTMCall, keys: Tensor, values: Tensor, put: Tensor, kept: Tensor, state: RecurrentState, m: Tensor, low: object
-) -> RecurrentState:
-    assert callable(low)
-    weighted = put[..., None] * keys
-    S = kept[..., None, None] * state.S + low(weighted).transpose(-1, -2) @ values
-    n = None if state.n is None else kept[..., None] * state.n + weighted.sum(-2)
-    return RecurrentState(S, n, None if state.m is None else m)
+        n = kept * state.n + weighted.sum(-2)
+    least = torch.exp(-m).repeat_interleave(group, 1)
+    return num, den, least, RecurrentState(S, n, None if state.m is None else m[..., -1])
 
 
 def _start(call: MLSTMCall, batch: int, seqs: slice | int) -> RecurrentState:
