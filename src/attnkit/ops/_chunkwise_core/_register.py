@@ -90,7 +90,7 @@ def register(
         out, den, S, n = forward(inputs)
         assert out is not None
         assert S is not None
-        shaped = out.view(*q.shape[:-1], -1), None if den is None else den.view(q.shape[:-1]), S, n
+        shaped = out.view(*q.shape[:-1], inputs[2].shape[-1]), None if den is None else den.view(q.shape[:-1]), S, n
         return tuple(q.new_empty(0, dtype=acc) if t is None else t for t in shaped)
 
     def run_backward(den: Tensor, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, *inputs: Any) -> Results:

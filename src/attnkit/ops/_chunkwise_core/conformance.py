@@ -39,13 +39,16 @@ def draw(
     states: int = 0,
     parts: str = "S",
     mean: float = 0.0,
+    positive: bool = False,
 ) -> Inputs:
-    """q, k, v [*rows, heads, ...], `mean` added to v, and the parts of `states` states."""
+    """q, k, v [*rows, heads, ...], `mean` added to v, q and k not negative if `positive`, and the parts of `states` states."""
     inputs: Inputs = {
         name: torch.randn(*rows, count, size, generator=generator)
         for name, count, size in (("q", heads[0], width), ("k", heads[1], width), ("v", heads[1], width_v))
     }
     inputs["v"] += mean
+    if positive:
+        inputs |= {name: inputs[name].abs() for name in "qk"}
     shapes = {"S": (heads[1], width, width_v), "n": (heads[1], width), "m": (heads[1],)}
     if states:
         inputs |= {name: torch.randn(states, *shapes[name], generator=generator) for name in parts}

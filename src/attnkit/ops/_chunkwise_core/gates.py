@@ -5,7 +5,8 @@ ordinary one, with log decays log_f_t + m_{t-1} - m_t and log weights i_t - m_t,
 nothing rescaled, where queries and keys are multiplied.
 
 Gradients treat m as a constant in these two, since results do not depend on it; what they do depend on (a constant added to a
-denominator) comes back as the gradient of m, and goes along the path of the maximum.
+denominator) comes back as the gradient of m, and goes along the path of the maximum. The units of states at the beginning and
+at the end are the caller's to count.
 """
 
 import torch
@@ -71,7 +72,7 @@ def backward(
     after = torch.cat([passing, torch.zeros_like(passing[:1])])[layout.cu_seqlens[1:]]
     lengths = layout.cu_seqlens.diff()
     passing = passing - after.repeat_interleave(lengths, 0)
-    d_m0[filled] = passing[first].to(d_m0.dtype) + d_decay[first]
+    d_m0[filled] = passing[first].to(d_m0.dtype)
     return d_decay + passing.to(d_decay.dtype), d_gain + routed.to(d_gain.dtype), d_m0
 
 

@@ -24,6 +24,8 @@ def chunkwise(call: MLSTMCall, run: Callable[..., tuple[Tensor, ...]] = run_chun
     S0, n0, m0 = (None, None, None) if call.state is None else call.state
     m = m_last = None
     if call.input_gate == "exp":
+        if call.state is not None and S0 is not None and n0 is not None and m0 is not None:
+            S0, n0 = restored(S0, -m0), restored(n0, -m0)
         decay, gain, m, m_last, _ = run_gate_scan(log_f, call.i, m0, call.cu_seqlens, call.chunk_size)
     else:
         decay, gain = log_f, F.logsigmoid(call.i)
@@ -36,7 +38,7 @@ def chunkwise(call: MLSTMCall, run: Callable[..., tuple[Tensor, ...]] = run_chun
 
 
 def restored(x: Tensor, m: Tensor) -> Tensor:
-    """x [N, H, ...], with the gradient of its unit exp(m), which was a constant so far: larger units are fewer of them."""
+    """x [N, H, ...] with the gradient of its unit exp(m), which is a constant elsewhere: in larger units x is smaller."""
     if not m.requires_grad:
         return x
     return x * torch.exp(m.detach() - m).view(*m.shape, *[1] * (x.dim() - m.dim()))

@@ -16,19 +16,29 @@ MAX_PAIRS = 4096**2  # of tokens of a sequence; the parallel form writes them al
 _LOWEST = -1e4
 
 
-def recurrent(call: MLSTMCall) -> Result:
-    """Token by token, in the accumulation dtype with one rounding of each output; differentiable by autograd."""
+def recurrent(call: MLSTMCall, *, rounded: bool = False) -> Result:
+    """Token by token, in the accumulation dtype with one rounding of each output; differentiable by autograd.
+
+    Args:
+        rounded: products take operands in q's dtype, as matrix units do: the plain form that error budgets refer to.
+    """
     outs, states = [], []
     for rows, seqs in sequences(call):
         parts = [t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f)]
-        out, state = _recurrent(call, *parts, _start(call, parts[0].shape[0], seqs))
+        out, state = _recurrent(call, *parts, _start(call, parts[0].shape[0], seqs), rounded)
         outs.append(out if call.cu_seqlens is None else out[0])
         states.append(state)
     return torch.cat(outs), _together(states)
 
 
-def _recurrent(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: RecurrentState) -> Result:
+def _recurrent(
+    call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: RecurrentState, rounded: bool
+) -> Result:
     acc, group = accumulator_dtype(q.dtype), q.shape[2] // k.shape[2]
+
+    def cut(x: Tensor) -> Tensor:
+        return x.to(q.dtype).to(acc) if rounded else x
+
     C, n, m = state
     outs = []
     for t in range(q.shape[1]):
@@ -41,9 +51,9 @@ def _recurrent(call: MLSTMCall, q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: T
             highest = torch.maximum(log_f + m, log_i)
             keep, put, m = (log_f + m - highest).exp(), (log_i - highest).exp(), highest
             low = torch.exp(-m).repeat_interleave(group, 1)
-        C = keep[..., None, None] * C + put[..., None, None] * (k_t[..., None] * v_t[..., None, :])
+        C = keep[..., None, None] * C + cut(put[..., None] * k_t)[..., None] * v_t[..., None, :]
         q_t = call.scale * q_t
-        h = torch.einsum("bhk,bhkv->bhv", q_t, C.repeat_interleave(group, 1))
+        h = torch.einsum("bhk,bhkv->bhv", cut(q_t), cut(C).repeat_interleave(group, 1))
         if call.normalize:
             assert n is not None
             n = keep[..., None] * n + put[..., None] * k_t

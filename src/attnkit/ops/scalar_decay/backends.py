@@ -6,7 +6,7 @@ from attnkit._core.dispatch import Backend, only_when_named
 from attnkit.ops._chunkwise_core._register import run_chunkwise
 from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.scalar_decay.call import ScalarDecayCall
-from attnkit.ops.scalar_decay.reference import recurrent
+from attnkit.ops.scalar_decay.reference import MAX_PAIRS, parallel
 
 __all__ = ["BACKENDS"]
 
@@ -19,7 +19,12 @@ def _torch(call: ScalarDecayCall) -> tuple[Tensor, RecurrentState]:
     return out, RecurrentState(S)
 
 
+def _too_long(call: ScalarDecayCall) -> list[str]:
+    pairs = call.longest**2
+    return [f"{pairs} pairs of tokens; it writes them all down and stops at {MAX_PAIRS}"] if pairs > MAX_PAIRS else []
+
+
 BACKENDS: tuple[Backend[ScalarDecayCall], ...] = (
     Backend("torch", _torch, lambda call: []),
-    Backend("reference", recurrent, lambda call: [], avoids=only_when_named),
+    Backend("reference", parallel, _too_long, avoids=only_when_named),
 )

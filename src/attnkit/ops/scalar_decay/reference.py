@@ -8,9 +8,10 @@ from attnkit.ops._chunkwise_core.call import sequences
 from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.scalar_decay.call import ScalarDecayCall
 
-__all__ = ["parallel", "recurrent"]
+__all__ = ["MAX_PAIRS", "parallel", "recurrent"]
 
 Result = tuple[Tensor, RecurrentState]
+MAX_PAIRS = 4096**2  # of tokens of a sequence; the parallel form writes them all down
 
 
 def recurrent(call: ScalarDecayCall) -> Result:
@@ -41,7 +42,7 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor, scale: flo
     for t in range(q.shape[1]):
         q_t, k_t, v_t = (x[:, t].to(acc) for x in (q, k, v))
         S = torch.exp(g[:, t])[..., None, None] * S + k_t[..., None] * v_t[..., None, :]
-        outs.append((scale * torch.einsum("bhk,bhkv->bhv", q_t, S.repeat_interleave(group, 1))).to(q.dtype))
+        outs.append(torch.einsum("bhk,bhkv->bhv", scale * q_t, S.repeat_interleave(group, 1)).to(q.dtype))
     return torch.stack(outs, 1), S
 
 

@@ -13,7 +13,7 @@ from attnkit.ops._chunkwise_core.conformance import Make, arguments, draw, flatt
 from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention
 from attnkit.ops.scalar_decay.backends import BACKENDS
 from attnkit.ops.scalar_decay.call import ScalarDecayCall, prepare, prepare_lightning
-from attnkit.ops.scalar_decay.reference import parallel, recurrent
+from attnkit.ops.scalar_decay.reference import MAX_PAIRS, parallel, recurrent
 
 __all__ = ["SPECS"]
 
@@ -30,6 +30,7 @@ def _make(
     batch: int = 1,
     state: bool = False,
     mean: float = 0.0,
+    positive: bool = False,
     decay: str = "",
     slope: float | None = None,
     **options: Any,
@@ -39,7 +40,7 @@ def _make(
     def make(generator: torch.Generator) -> dict[str, Any]:
         rows = (sum(length),) if isinstance(length, list) else (batch, length)
         count = (len(length) if isinstance(length, list) else batch) if state else 0
-        inputs = draw(generator, rows, heads, width, width_v, states=count, mean=mean)
+        inputs = draw(generator, rows, heads, width, width_v, states=count, mean=mean, positive=positive)
         if decay:
             inputs["g"] = -torch.rand(*rows, heads[1], generator=generator)
             if decay == "extreme":
@@ -107,12 +108,13 @@ def _shared(decay: str, gate: str) -> tuple[Case, ...]:
         Case("grouped heads", _make(127, heads=(4, 2), batch=2, decay=decay), grads, fixed),
         Case("from a state", _make(65, batch=2, state=True, decay=decay), (*grads, "S"), fixed),
         Case("packed, empty sequences, from states", _make([40, 0, 1, 63, 0], state=True, decay=decay), (*grads, "S"), fixed),
-        Case("values around 2", _make(100, heads=(4, 2), width=64, width_v=64, mean=2.0, decay=decay), (), fixed, bias=HALVES),
+        Case("values around 2", _make(100, heads=(4, 2), width=64, width_v=64, mean=2.0, positive=True, decay=decay), (), fixed, bias=HALVES),
         Case("no tokens", _make(0, state=True, decay=decay), (), fixed),
     )
 
 
 _CHUNKS = Refusal("chunk_size that is no power of two from 16 on", "kernels have no other tiles")
+_LONG = Refusal(f'backend="reference" above {MAX_PAIRS} pairs of tokens', "it writes them all down")
 _TWICE = Refusal("a backward pass of the backward pass", "gradients are first order")
 SPECS = (
     _spec(
@@ -128,7 +130,7 @@ SPECS = (
         summary="linear attention with a log decay for each token and head (Mamba-2, simple GLA)",
         source="Dao & Gu 2024 (arXiv:2405.21060); chunks as in Beck et al. 2025 (arXiv:2503.14376)",
         function=scalar_decay_attention,
-        refusals=(Refusal("g above 0 (checked on the CPU)", "states would grow without bound"), _CHUNKS, _TWICE),
+        refusals=(Refusal("g above 0 (checked on the CPU)", "states would grow without bound"), _CHUNKS, _LONG, _TWICE),
     ),
     _spec(
         "lightning_attention",
@@ -143,6 +145,6 @@ SPECS = (
         summary="linear attention with a constant decay for each head (lightning attention)",
         source="Ling Team 2025 (arXiv:2510.19338); Qin et al. 2024 (arXiv:2401.04658)",
         function=lightning_attention,
-        refusals=(Refusal("slopes below 0 (checked on the CPU)", "states would grow without bound"), _CHUNKS, _TWICE),
+        refusals=(Refusal("slopes below 0 (checked on the CPU)", "states would grow without bound"), _CHUNKS, _LONG, _TWICE),
     ),
 )
