@@ -188,7 +188,11 @@ def _operators(
     disabled = settings().disable
     for backend in spec.backends:
         wanted = only is None or backend.name in only
-        if wanted and f"{spec.name}.{backend.name}" not in disabled and not backend.refuses(spec.prepare(**spec.arguments(inputs))):
+        if (
+            wanted
+            and f"{spec.name}.{backend.name}" not in disabled
+            and not backend.refuses(spec.prepare(**spec.arguments(inputs)))
+        ):
             yield backend.name, lambda name=backend.name, **kwargs: spec.function(**kwargs, backend=name)
 
 

@@ -45,8 +45,8 @@ def _problem(inputs: tuple[Any, ...]) -> passes.Problem:
         S = q.new_zeros(*shape, v.shape[-1], dtype=acc)
     if normalize and n is None:
         n = q.new_zeros(shape, dtype=acc)
-    rows = (_rows(x, cu_seqlens) for x in (q, k, v, decay, gain, m))
-    return passes.Problem(layout, *rows, S, n if normalize else None, scale, eps)
+    q, k, v, decay, gain, m = (_rows(x, cu_seqlens) for x in (q, k, v, decay, gain, m))
+    return passes.Problem(layout, q, k, v, decay, gain, m, S, n if normalize else None, scale, eps)
 
 
 def _forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
@@ -81,8 +81,8 @@ def register(
 ) -> Callable[..., Results]:
     """Define `attnkit::NAME` and its backward operator, and return what to call.
 
-    (q, k, v, decay, gain, m, S, n, cu_seqlens, normalize, scale, eps, chunk_size) -> out, the sums that denominators are made of
-    and the state's two parts; empty tensors stand for what is not there.
+    (q, k, v, decay, gain, m, S, n, cu_seqlens, normalize, scale, eps, chunk_size) -> out, the sums that denominators are
+    made of, and the state's two parts; empty tensors stand for what is not there.
     """
 
     def run(*inputs: Any) -> Results:
@@ -148,8 +148,8 @@ def _scan_backward(
     d_decay: Tensor, d_gain: Tensor, d_m: Tensor, d_last: Tensor, source: Tensor, cu_seqlens: Tensor | None
 ) -> Results:
     layout = layout_of(source, cu_seqlens, gates.WHATEVER)
-    rows = (_rows(t, cu_seqlens) for t in (d_decay, d_gain, d_m))
-    d_f, d_i, d_m0 = gates.backward(layout, *rows, d_last, _rows(source, cu_seqlens))
+    d_decay, d_gain, d_m, rows = (_rows(t, cu_seqlens) for t in (d_decay, d_gain, d_m, source))
+    d_f, d_i, d_m0 = gates.backward(layout, d_decay, d_gain, d_m, d_last, rows)
     return d_f.view(source.shape), d_i.view(source.shape), d_m0
 
 

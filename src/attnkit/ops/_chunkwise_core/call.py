@@ -1,6 +1,7 @@
 """Checks that the recurrent operators share, and sequences before they are cut into chunks."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -111,21 +112,21 @@ def check_state(state: RecurrentState, q: Tensor, k: Tensor, v: Tensor, count: i
     given = "".join(name for name, part in zip("Snm", state, strict=True) if part is not None)
     if given != parts:
         raise OptionError(
-            f"initial_state has {', '.join(given)}; this call keeps {', '.join(parts)}. Give the state that a call with the same "
-            f"gates and normaliser has returned, or RecurrentState({', '.join(parts)})"
+            f"initial_state has {', '.join(given)}; this call keeps {', '.join(parts)}. Give the state that a call with the "
+            f"same gates and normaliser has returned, or RecurrentState({', '.join(parts)})"
         )
     heads, width, width_v = k.shape[-2], k.shape[-1], v.shape[-1]
     expected = {"S": (heads, width, width_v), "n": (heads, width), "m": (heads,)}
     for name, part in zip(parts, state.tensors(), strict=True):
         if part.dim() != len(expected[name]) + 1 or part.shape[1:] != expected[name] or part.shape[0] not in (1, count):
             raise ShapeError(
-                f"initial_state.{name} has shape {tuple(part.shape)}; expected {(count, *expected[name])}, or 1 in front for one "
-                f"state that all sequences begin with"
+                f"initial_state.{name} has shape {tuple(part.shape)}; expected {(count, *expected[name])}, or 1 in front for "
+                f"one state that all sequences begin with"
             )
         check_dtype(f"initial_state.{name}", part, accumulator_dtype(q.dtype))
         if part.device != q.device:
             raise InputError(f"initial_state.{name} is on {part.device} but q is on {q.device}; move one of them")
-    return RecurrentState(*(None if part is None else part.expand(count, *part.shape[1:]) for part in state))
+    return state.each(lambda part: part.expand(count, *part.shape[1:]))
 
 
 def sequences(call: RecurrentCall) -> list[tuple[slice, slice | int]]:
@@ -133,7 +134,7 @@ def sequences(call: RecurrentCall) -> list[tuple[slice, slice | int]]:
     if call.cu_seqlens is None:
         return [(slice(None), slice(None))]
     bounds = call.cu_seqlens.tolist()
-    return [(slice(a, b), slice(i, i + 1)) for i, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
+    return [(slice(a, b), slice(i, i + 1)) for i, (a, b) in enumerate(pairwise(bounds))]
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor, rows: str) -> dict[str, int]:

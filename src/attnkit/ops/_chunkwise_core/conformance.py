@@ -20,7 +20,7 @@ def arguments(inputs: Inputs) -> Inputs:
     """A case's inputs with the tensors of a state -> the operator's arguments."""
     plain = {name: value for name, value in inputs.items() if name not in STATE}
     if "S" in inputs:
-        plain["initial_state"] = RecurrentState(*(inputs.get(name) for name in STATE))
+        plain["initial_state"] = RecurrentState(inputs["S"], inputs.get("n"), inputs.get("m"))
     return plain
 
 

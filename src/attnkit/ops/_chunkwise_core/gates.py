@@ -1,8 +1,8 @@
 """The running maximum that keeps exponential gates in range, and what it makes of them.
 
 m_t = max(log_f_t + m_{t-1}, i_t) depends on gates alone. In units of exp(m) a recurrence with exponential input gates is an
-ordinary one, with log decays log_f_t + m_{t-1} - m_t and log weights i_t - m_t, neither above 0: no maximum has to be taken, and
-nothing rescaled, where queries and keys are multiplied.
+ordinary one, with log decays log_f_t + m_{t-1} - m_t and log weights i_t - m_t, neither above 0: no maximum has to be taken,
+and nothing rescaled, where queries and keys are multiplied.
 
 Gradients treat m as a constant in these two, since results do not depend on it; what they do depend on (a constant added to a
 denominator) comes back as the gradient of m, and goes along the path of the maximum. The units of states at the beginning and
@@ -69,7 +69,7 @@ def backward(
     routed.scatter_add_(0, source.clamp(min=0), reaching.masked_fill(source < 0, 0))
     # log_f_u is on the way from the row of an i to those that took their m from it
     passing = (reaching - routed).flip(0).cumsum(0).flip(0)
-    after = torch.cat([passing, torch.zeros_like(passing[:1])])[layout.cu_seqlens[1:]]
+    after = torch.cat([passing, passing.new_zeros(1, passing.shape[1])])[layout.cu_seqlens[1:]]
     lengths = layout.cu_seqlens.diff()
     passing = passing - after.repeat_interleave(lengths, 0)
     d_m0[filled] = passing[first].to(d_m0.dtype)

@@ -1,6 +1,6 @@
 """The table of chunks of a batch: which rows each holds, and which sequence it belongs to."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -72,7 +72,16 @@ class ChunkLayout:
         start = (chunks % max(each, 1)) * chunk_size
         lengths = (length - start).clamp(max=chunk_size)
         return cls(
-            chunk_size, batch, batch * each, batch * length, seq, seq * length + start, lengths, seqs * each, seqs * length, True
+            chunk_size,
+            batch,
+            batch * each,
+            batch * length,
+            seq,
+            seq * length + start,
+            lengths,
+            seqs * each,
+            seqs * length,
+            True,
         )
 
     @classmethod
@@ -101,9 +110,12 @@ class ChunkLayout:
         if self.dense:
             return self
         count = int(self.seq_first_chunk[-1])
-        tables = (table[:count] for table in (self.chunk_seq, self.chunk_start, self.chunk_len))
-        return ChunkLayout(
-            self.chunk_size, self.num_seqs, count, self.num_rows, *tables, self.seq_first_chunk, self.cu_seqlens, self.dense
+        return replace(
+            self,
+            num_chunks=count,
+            chunk_seq=self.chunk_seq[:count],
+            chunk_start=self.chunk_start[:count],
+            chunk_len=self.chunk_len[:count],
         )
 
     def steps(self) -> list[Step]:

@@ -255,9 +255,7 @@ def _allocate(c: _Chunked) -> _Sums:
     )  # fmt: skip
 
 
-def _inside(
-    c: _Chunked, part: slice, w: _Sums, d_out: Tensor, den: Tensor | None, states: Tensor, sums: Tensor | None
-) -> None:
+def _inside(c: _Chunked, part: slice, w: _Sums, d_out: Tensor, den: Tensor | None, states: Tensor, sums: Tensor | None) -> None:
     """Gradients from inside chunks: queries in full, of the rest what does not come from later chunks."""
     q, k, v = c.queries(part), c.heads(c.k, part), c.heads(c.v, part)
     shape = q.shape[2:4]

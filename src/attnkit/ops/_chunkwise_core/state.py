@@ -1,5 +1,6 @@
 """The state of a recurrence between two calls."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -41,19 +42,19 @@ class RecurrentState(NamedTuple):
 
     def detach(self) -> "RecurrentState":
         """Without the graph of gradients behind it."""
-        return self._each(lambda part: part.detach())
+        return self.each(lambda part: part.detach())
 
     def to(self, *args: Any, **kwargs: Any) -> "RecurrentState":
         """As `Tensor.to`."""
-        return self._each(lambda part: part.to(*args, **kwargs))
+        return self.each(lambda part: part.to(*args, **kwargs))
 
     def index_select(self, sequences: Tensor) -> "RecurrentState":
         """The states of the sequences [N'] int64, in that order: picked, repeated or put into another order (beams)."""
-        return self._each(lambda part: part.index_select(0, sequences.to(part.device)))
+        return self.each(lambda part: part.index_select(0, sequences.to(part.device)))
 
     def expand(self, repeats: int) -> "RecurrentState":
         """Every sequence `repeats` times, copies side by side."""
-        return self._each(lambda part: part.repeat_interleave(repeats, 0))
+        return self.each(lambda part: part.repeat_interleave(repeats, 0))
 
     def flatten(self) -> Tensor:
         """All of it as one tensor [N, ...], for caches that keep one."""
@@ -77,5 +78,7 @@ class RecurrentState(NamedTuple):
             m if stabilised else None,
         )  # fmt: skip
 
-    def _each(self, change: Any) -> "RecurrentState":
-        return RecurrentState(*(None if part is None else change(part) for part in self))
+    def each(self, change: Callable[[Tensor], Tensor]) -> "RecurrentState":
+        """With every part changed."""
+        S, n, m = self
+        return RecurrentState(change(S), None if n is None else change(n), None if m is None else change(m))

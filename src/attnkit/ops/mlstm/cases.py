@@ -12,7 +12,7 @@ __all__ = ["CASES"]
 
 QKV, GATES, STATE = ("q", "k", "v"), ("i", "f"), ("S", "n", "m")
 ALL, FIXED = QKV + GATES, GATES + STATE
-SIGMOID = {"input_gate": "sigmoid"}
+SIGMOID: dict[str, Any] = {"input_gate": "sigmoid"}
 PLAIN = SIGMOID | {"normalize": False}
 
 

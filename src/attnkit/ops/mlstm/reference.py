@@ -24,8 +24,8 @@ def recurrent(call: MLSTMCall, *, rounded: bool = False) -> Result:
     """
     outs, states = [], []
     for rows, seqs in sequences(call):
-        parts = [t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f)]
-        out, state = _recurrent(call, *parts, _start(call, parts[0].shape[0], seqs), rounded)
+        q, k, v, i, f = (t[None, rows] if call.cu_seqlens is not None else t for t in (call.q, call.k, call.v, call.i, call.f))
+        out, state = _recurrent(call, q, k, v, i, f, _start(call, q.shape[0], seqs), rounded)
         outs.append(out if call.cu_seqlens is None else out[0])
         states.append(state)
     return torch.cat(outs), _together(states)
@@ -137,7 +137,7 @@ def _sums(
 
 def _start(call: MLSTMCall, batch: int, seqs: slice | int) -> RecurrentState:
     if call.state is not None:
-        return RecurrentState(*(None if part is None else part[seqs] for part in call.state))
+        return call.state.each(lambda part: part[seqs])
     parts = parts_of(call.input_gate, call.normalize)
     shape = (batch, call.k.shape[-2], call.k.shape[-1])
     S, n, m = (call.i.new_zeros(size) for size in ((*shape, call.v.shape[-1]), shape, shape[:2]))
@@ -145,5 +145,6 @@ def _start(call: MLSTMCall, batch: int, seqs: slice | int) -> RecurrentState:
 
 
 def _together(states: list[RecurrentState]) -> RecurrentState:
-    parts = zip(*states, strict=True)
-    return RecurrentState(*(None if part[0] is None else torch.cat(part) for part in parts))
+    S, n, m = (None if part[0] is None else torch.cat(part) for part in zip(*states, strict=True))
+    assert S is not None
+    return RecurrentState(S, n, m)

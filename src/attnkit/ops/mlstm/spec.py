@@ -45,7 +45,7 @@ SPEC = OpSpec(
         linear(("values around 2",)),
         rechunked(16, ("grouped heads", "packed, empty sequences, from states")),
         rechunked(512, ("grouped heads", "from a state")),
-        alone({name: 0 for name in ("q", "k", "v", "i", "f", "S", "n", "m")}, ("grouped heads", "from a state"), ("torch",)),
+        alone(dict.fromkeys(("q", "k", "v", "i", "f", "S", "n", "m"), 0), ("grouped heads", "from a state"), ("torch",)),
     ),
     capabilities={
         "cpu": "yes, chunk by chunk in plain torch",
@@ -61,7 +61,9 @@ SPEC = OpSpec(
     refusals=(
         Refusal('normalize=False with input_gate="exp"', "sums of exponential gates leave the range of floats"),
         Refusal("chunk_size that is no power of two from 16 on", "kernels have no other tiles"),
-        Refusal("an initial_state that lacks a part, or has one too many", "it comes from a call with other gates or normaliser"),
+        Refusal(
+            "an initial_state that lacks a part, or has one too many", "it comes from a call with other gates or normaliser"
+        ),
         Refusal("a backward pass of the backward pass", "gradients are first order"),
     ),
 )

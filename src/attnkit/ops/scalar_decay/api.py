@@ -39,7 +39,8 @@ def scalar_decay_attention(
         q: [B, T, H, D], any strides; packed sequences [R, H, D].
         k: [B, T, Hkv, D] or packed [R, Hkv, D]; H is a multiple of Hkv, and H / Hkv query heads read one state.
         v: [B, T, Hkv, Dv] or packed [R, Hkv, Dv]; Dv and D may differ.
-        g: [B, T, Hkv] or packed [R, Hkv], log decays, not above 0 (checked on the CPU), best in float32; -inf empties the state.
+        g: [B, T, Hkv] or packed [R, Hkv], log decays, not above 0 (checked on the CPU), best in float32; -inf empties
+            the state.
         scale: of q; None means 1/sqrt(D).
         initial_state: what an earlier call returned, or a single state [1, ...] that all sequences begin with; None: nothing.
         chunk_size: rows of a chunk, a power of two from 16 on, which changes time and memory and no result.

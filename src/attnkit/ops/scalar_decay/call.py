@@ -41,7 +41,7 @@ def prepare(
     g = check_gate("g", g, k)
     if _readable(g) and bool((g > 0).any()):
         raise OptionError(f"g goes up to {float(g.max()):.3g}; log decays must not be above 0, where states grow without bound")
-    return ScalarDecayCall(*vars(base).values(), g.clamp(min=LOWEST))
+    return ScalarDecayCall(**vars(base), g=g.clamp(min=LOWEST))
 
 
 def prepare_lightning(
@@ -64,7 +64,7 @@ def prepare_lightning(
         raise InputError(f"slopes are on {slopes.device} but k is on {k.device}; move one of them")
     if _readable(slopes) and not bool(((slopes >= 0) & torch.isfinite(slopes)).all()):
         raise OptionError(f"slopes are {slopes.tolist()[:8]}; they must be finite and not negative: a decay is exp(-slope)")
-    return ScalarDecayCall(*vars(base).values(), (-slopes.to(acc)).expand(k.shape[:-1]))
+    return ScalarDecayCall(**vars(base), g=(-slopes.to(acc)).expand(k.shape[:-1]))
 
 
 def _readable(x: Tensor) -> bool:

@@ -108,7 +108,13 @@ def _shared(decay: str, gate: str) -> tuple[Case, ...]:
         Case("grouped heads", _make(127, heads=(4, 2), batch=2, decay=decay), grads, fixed),
         Case("from a state", _make(65, batch=2, state=True, decay=decay), (*grads, "S"), fixed),
         Case("packed, empty sequences, from states", _make([40, 0, 1, 63, 0], state=True, decay=decay), (*grads, "S"), fixed),
-        Case("values around 2", _make(100, heads=(4, 2), width=64, width_v=64, mean=2.0, positive=True, decay=decay), (), fixed, bias=HALVES),
+        Case(
+            "values around 2",
+            _make(100, heads=(4, 2), width=64, width_v=64, mean=2.0, positive=True, decay=decay),
+            (),
+            fixed,
+            bias=HALVES,
+        ),
         Case("no tokens", _make(0, state=True, decay=decay), (), fixed),
     )
 
