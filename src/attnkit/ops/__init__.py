@@ -1,11 +1,13 @@
 """Functional operators on [B, T, H, D] tensors; packed sequences are [R, H, D] with cu_seqlens."""
 
+import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from attnkit._core.dispatch import Explanation, explain_choice
 from attnkit._core.errors import OptionError
-from attnkit._core.opspec import OPS
+from attnkit._core.opspec import OPS, OpSpec
 from attnkit.ops._chunkwise_core.layout import ChunkLayout
 from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.attention import spec as _attention
@@ -22,8 +24,6 @@ from attnkit.ops.indexed.occupancy import Occupancy, measure
 from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
 from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
-from attnkit.ops.mlstm.spec import SPEC as _MLSTM
-from attnkit.ops.scalar_decay import spec as _scalar_decay
 from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
 
 __all__ = [
@@ -57,8 +57,22 @@ __all__ = [
     "sparsemax",
 ]
 
-for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION, _MLSTM, *_scalar_decay.SPECS):
+for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION):
     OPS.register(_spec.name, _spec)
+
+
+def _spec_of(module: str, name: str) -> OpSpec:
+    specs: tuple[OpSpec, ...] = importlib.import_module(f"attnkit.ops.{module}").SPECS
+    return next(spec for spec in specs if spec.name == name)
+
+
+# specs are data for instruments: an operator that runs needs none
+for _module, _names in {
+    "mlstm.spec": ("mlstm",),
+    "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention"),
+}.items():
+    for _operator in _names:
+        OPS.register_later(_operator, partial(_spec_of, _module, _operator))
 
 
 def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **kwargs: Any) -> Explanation:

@@ -37,7 +37,7 @@ def mlstm(
 
     m_t = max(logsigmoid(f_t) + m_{t-1}, i_t), which starts at 0;  S_t = exp(logsigmoid(f_t) + m_{t-1} - m_t) S_{t-1} +
     exp(i_t - m_t) k_t v_t^T;  n_t the same with 1 for v_t;
-    out_t = scale * q_t^T S_t / (max(|scale * q_t . n_t|, exp(-m_t)) + eps)
+    out_t = scale * q_t^T S_t / (max(abs(scale * q_t . n_t), exp(-m_t)) + eps)
 
     With sigmoid gates exp(i) is sigmoid(i), and there is no m (it is 0).
 

@@ -14,7 +14,7 @@ from attnkit.ops.mlstm.call import prepare
 from attnkit.ops.mlstm.cases import CASES
 from attnkit.ops.mlstm.reference import recurrent, row_scale
 
-__all__ = ["SPEC"]
+__all__ = ["SPECS"]
 
 
 def _oracle(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -25,7 +25,7 @@ def _naive(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return flattened(recurrent(prepare(*args, **kwargs), rounded=True))
 
 
-SPEC = OpSpec(
+_SPEC = OpSpec(
     name="mlstm",
     summary="a matrix memory with exponential or sigmoid gates and a normaliser, chunk by chunk (mLSTM)",
     source="Beck et al. 2025 (arXiv:2503.14376)",
@@ -67,3 +67,4 @@ SPEC = OpSpec(
         Refusal("a backward pass of the backward pass", "gradients are first order"),
     ),
 )
+SPECS = (_SPEC,)
