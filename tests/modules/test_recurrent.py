@@ -114,6 +114,31 @@ def test_gradients_through_a_cached_prefix(mixer: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+class Kept:
+    """A cache of one layer that only remembers what is written."""
+
+    def __init__(self) -> None:
+        self.layers = [SimpleNamespace(recurrent_states={0: None}, is_recurrent_states_initialized={0: False})]
+        self.state: Tensor = torch.empty(0)
+
+    def update_recurrent_state(self, state: Tensor, layer_idx: int) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    "layer", [MLSTMLayer(32, 4, igate_bias_init=-3.0), LightningAttention(32, 4, rope=False)], ids=["mlstm", "lightning"]
+)
+def test_padding_anywhere_leaves_the_state_as_it_is(layer: Any) -> None:
+    """Before, between and behind real tokens: nothing is put in, and nothing forgotten meanwhile."""
+    real = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0]]).bool()
+    x = torch.randn(1, 11, 32).masked_fill(~real[..., None], torch.nan)
+    padded, plain = Kept(), Kept()
+    out = layer(x, MixerContext(cache=padded, padding=real))
+    wanted = layer(x[:, real[0]], MixerContext(cache=plain))
+    torch.testing.assert_close(out[:, real[0]], wanted)
+    torch.testing.assert_close(padded.state, plain.state)
+
+
 @pytest.mark.parametrize("options", [{"chunk_size": 16}, {"gate_soft_cap": math.inf}, {"input_gate": "sigmoid"}])
 def test_options_of_the_mlstm_layer(options: dict[str, Any]) -> None:
     layer = MLSTMLayer(32, 4, igate_bias_init=0.0, **options)
