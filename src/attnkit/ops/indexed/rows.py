@@ -2,9 +2,9 @@
 
 Sorted by (batch, key head, group, position), the keys that a query sees are one range of rows: from the first key of its
 group to the last one that is not behind it. So attention over groups is attention of packed sequences, one for each batch
-element, key head and group, whose queries stand on given keys; the kernels learn nothing new. Dropped rows are sorted to
-the end, behind the last boundary, where they belong to no sequence. Every size is known beforehand and nothing is read on
-the host.
+element, key head and group, whose queries stand on given keys. The kernels find the rows by their order; what runs in plain
+torch gets copies in that order. Dropped rows are sorted to the end, behind the last boundary, where they belong to no
+sequence. Every size is known beforehand and nothing is read on the host.
 """
 
 from dataclasses import dataclass, replace
@@ -83,7 +83,7 @@ def _spread(t: Tensor) -> Tensor:
 
 
 def packed_call(base: AttentionCall, order: Order) -> AttentionCall:
-    """The same attention on packed rows of one head."""
+    """The same attention on packed copies of the rows, of one head."""
     q = gather(base.q.flatten(0, 2), order.queries)
     k, v = (gather(t.flatten(0, 2), order.keys) for t in (base.k, base.v))
     places: dict[str, Any] = {"q_pos": order.q_pos, "cu_seqlens_q": order.cu_q, "cu_seqlens_k": order.cu_k}
