@@ -114,9 +114,7 @@ def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
 
 
-def _direct(
-    run: Callable[..., Forward], save: Callable[..., None], gradient: Callable[..., tuple[Tensor | None, ...]], tensors: int
-) -> Any:
+def _direct(run: Callable[..., Forward], save: Callable[..., None], gradient: Callable[..., tuple[Tensor | None, ...]]) -> Any:
     """The autograd function of plain calls."""
 
     class Direct(torch.autograd.Function):
@@ -130,8 +128,6 @@ def _direct(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-            if d_out is None:
-                d_out = torch.zeros_like(ctx.saved_tensors[tensors])
             return gradient(ctx, d_out, d_lse)
 
     return Direct
@@ -186,8 +182,12 @@ def register(
         d_q, d_k, d_v, d_sinks, d_key_bias = grads
         return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
 
-    def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, results = ctx.saved_tensors[:tensors], ctx.saved_tensors[tensors:]
+    def gradient(
+        ctx: Any, through: Callable[..., Results], d_out: Tensor | None, d_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: gradient checkpointing computes them when they are asked for
+        inputs, results = saved[:tensors], saved[tensors:]
+        d_out = torch.zeros_like(results[0]) if d_out is None else d_out
         need_bias = inputs[4] is not None and ctx.needs_input_grad[4]
         grads = through(d_out, d_lse, *results, need_bias, *inputs, *ctx.options)
         d_sinks = None if inputs[3] is None else grads[3]
@@ -200,7 +200,7 @@ def register(
     results = ", ".join(f"Tensor {t}" for t in ("d_out", "d_lse", "out", "lse", *(f"kept{i}" for i in range(kept))))
     schema = f"{name}_backward({results}, bool need_bias, {interface.inputs}) -> ({_GRADS})"
     backward_op = define(schema, backward_traced, lambda *args: _backward_fake(*_split(args, kept)[1]))
-    direct = _direct(run, save, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse), tensors)
+    direct = _direct(run, save, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse))
     define_gradient(name, save, lambda ctx, d_out, d_lse, *_: gradient(ctx, backward_op, d_out, d_lse))
 
     def call(*args: Any) -> Any:
