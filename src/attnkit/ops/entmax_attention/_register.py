@@ -45,10 +45,12 @@ def _backward(
 def _launch(inputs: tuple[Any, ...]) -> Any:
     from attnkit.ops._attention_core._triton.launch import Launch  # Triton is optional
 
-    q, k, v, _, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, alpha, _ = inputs
+    q, k, v, _, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, alpha, n_refine = inputs
     norm = _NORMS.get(alpha, "entmax")
     gaps = torch.full((q.shape[2],), alpha - 1, device=q.device) if norm == "entmax" else None
-    return Launch(q, k, v, None, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, "off", norm=norm, gaps=gaps)
+    return Launch(
+        q, k, v, None, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, "off", norm=norm, gaps=gaps, n_refine=n_refine
+    )
 
 
 def _triton_forward(inputs: tuple[Any, ...], keep: bool) -> Results:

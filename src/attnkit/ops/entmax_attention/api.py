@@ -64,10 +64,10 @@ def entmax_attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: as of `attention`.
         key_bias: [B, S] or [B, S, Hkv] (packed [S] or [S, Hkv]) of 0 and -inf; -inf masks the key, which may then hold
             anything.
-        n_refine: updates of the threshold that GPU kernels make after its first estimate; "torch" and "reference" go on until
-            nothing moves.
+        n_refine: updates of the threshold that the kernels make at least; they go on until the sum of a row's probabilities
+            is close to 1, "torch" and "reference" until nothing moves.
         return_aux: return an `EntmaxAttentionResult`, with thresholds and what is sparse; costs one more walk over the keys.
-        backend: "auto", "softmax" (alpha 1 only), "torch" or "reference"; a named one never falls back.
+        backend: "auto", "softmax" (alpha 1 only), "triton", "torch" or "reference"; a named one never falls back.
     Returns:
         out [B, T, H, Dv] (packed [R, H, Dv]); rows that see no key give 0.
     Raises:

@@ -20,7 +20,7 @@ class EntmaxAttentionCall(CoreCall):
     Attributes:
         alphas: [H] in the accumulation dtype where alpha is a tensor.
         alpha: where it is a number; 1 means softmax.
-        n_refine: updates of the threshold that kernels make after the histogram.
+        n_refine: updates of the threshold that kernels make at least.
         return_aux: whether more than the output is asked for.
     """
 

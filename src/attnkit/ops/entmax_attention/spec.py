@@ -61,8 +61,8 @@ SPEC = OpSpec(
         scaled("v", ("values around 2",)),
     ),
     capabilities={
-        "cpu": "yes, blockwise in plain torch",
-        "cuda": "in plain torch; kernels are not there yet",
+        "cpu": "yes, blockwise in plain torch; the Triton kernels in the interpreter, float32, when named",
+        "cuda": "Triton kernels, compute capability 8.0, for one alpha in [1.25, 2]; else plain torch",
         "backward": "yes, alpha included; deterministic",
         "alpha": "a number in [1, 2], or a tensor in (1, 2], one for each head",
         "packed": "yes",

@@ -5,7 +5,9 @@ import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
 from attnkit.ops._attention_core._triton.steps import (
-    TOLERANCE,
+    MOST_STEPS,
+    PARTS,
+    entmax_end,
     entmax_refine,
     entmax_start,
     entmax_step,
@@ -59,7 +61,7 @@ def _visit(
     if STEP == "softmax":
         state = softmax_step(t, t_scale, b_v, state, MASKED or BIAS, NORM, PRECISION)
     else:
-        state, live = entmax_step(t * t_scale, b_v, state, known, factor, STEP, NORM, PRECISION)
+        state, live = entmax_step(t, t_scale, b_v, state, known, factor, STEP, NORM, PRECISION)
     return state, live
 
 
@@ -86,7 +88,8 @@ def _walk_live(
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it."""
+    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it, and
+    "sums" leaves it as it is."""
     kept = 0
     for i in tl.range(0, count):
         if STEP == "max":
@@ -97,9 +100,10 @@ def _walk_live(
             first, limit, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
-        tl.store(tiles + kept, first, mask=live)
-        kept += live.to(tl.int32)
-    return state, kept
+        if STEP != "sums":
+            tl.store(tiles + kept, first, mask=live)
+            kept += live.to(tl.int32)
+    return state, count if STEP == "sums" else kept
 
 
 @triton.jit
@@ -159,16 +163,18 @@ def _softmax_rows(
 
 @triton.jit
 def _entmax_rows(
-    span, tiles, b_q, o_pos, num_steps, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    span, tiles, b_q, o_pos, n_refine, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs.
 
-    `tiles` (or None) is where the list of the tiles of keys in the support goes, after their number.
+    tau is updated n_refine times at least, and until it is close. `tiles` (or None) is where the list of the tiles of keys in
+    the support goes, after their number.
     """
     factor = rules[1]
-    zeros = tl.zeros([BLOCK_M], tl.float32)
+    # of sum(p), before two more steps that about square what is off
+    TOLERANCE: tl.constexpr = 1e-3 if b_q.dtype == tl.float32 else (0.3 if NORM == "entmax15" else 0.03)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     count = (span[2] - span[1]) // BLOCK_N
     state, count = _sweep(
@@ -177,23 +183,21 @@ def _entmax_rows(
     )  # fmt: skip
     nothing = state[0] == float("-inf")
     m = tl.where(nothing, 0.0, state[0])
-    if NORM == "entmax":  # its first step is exact where all scores are equal, or one is far above the rest
-        tau, low, high = m - 1, m - 1, m
-    else:
-        state, count = _sweep(
-            span, tiles, count, b_q, o_pos, (tl.zeros([BLOCK_M, BLOCK_N], tl.int64),), m, keys, rules,
-            BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "bins", NORM, EVEN, PRECISION,
-        )  # fmt: skip
-        tau, low, high = entmax_start(m, state[0], NORM)
+    zeros = tl.zeros([BLOCK_M, PARTS], tl.float32)
+    state, count = _sweep(
+        span, tiles, count, b_q, o_pos, (zeros, zeros, zeros, zeros), m, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "two", NORM, EVEN, PRECISION,
+    )  # fmt: skip
+    tau, low, high = entmax_start(m, state, factor)
     off = 1.0
-    step = 0
-    while (off > TOLERANCE) & (step < num_steps):
-        sums, count = _sweep(
-            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), (tau, low), keys, rules,
+    step = 1  # the last pass makes one, too
+    while ((off > TOLERANCE) | (step < n_refine)) & (step < MOST_STEPS):
+        sums, _ = _sweep(
+            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), tau, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
         )  # fmt: skip
-        tau, low, high = entmax_refine(tau, low, high, sums, factor, NORM)
-        off = tl.max(tl.where(nothing, 0.0, tl.abs(sums[0] - 1)))
+        tau, low, high, error = entmax_refine(tau, low, high, sums, factor, NORM)
+        off = tl.max(tl.where(nothing, 0.0, error))
         step += 1
     tau = tl.where(nothing, float("inf"), tau)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -203,9 +207,7 @@ def _entmax_rows(
     )  # fmt: skip
     if tiles is not None:
         tl.store(tiles - 1, count)
-    p_sum, u_sum, acc, other = state
-    acc = acc / tl.where(p_sum > 0, p_sum, 1.0)[:, None]  # tau in float32 leaves the sum a few units in the last place off 1
-    return acc, tau, other / tl.maximum(u_sum, 1e-30)[:, None]
+    return entmax_end(tau, state, factor)
 
 
 @triton.jit
@@ -214,7 +216,7 @@ def fwd(
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
-    num_steps, stride_tiles,
+    n_refine, stride_tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     SPLIT: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -267,7 +269,7 @@ def fwd(
         if tiles is not None:
             tiles += pid.to(tl.int64) * stride_tiles + 1
         acc, m, other = _entmax_rows(
-            span, tiles, b_q, o_pos, num_steps, keys, rules,
+            span, tiles, b_q, o_pos, n_refine, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
     else:

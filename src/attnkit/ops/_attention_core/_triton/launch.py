@@ -64,7 +64,7 @@ class Launch:
     k_rows: Tensor | None = None  # with k_rows [S], for k and v; results lie where the inputs do
     norm: str = "softmax"  # or "entmax15", "sparsemax", "entmax" with an alpha of each head
     gaps: Tensor | None = None  # [H] float32, alpha - 1 of "entmax"
-    num_steps: int = 12  # of the search for tau, at most
+    n_refine: int = 2  # updates of tau, at least
     tiles: Tensor | None = None  # [programs, 1 + tiles of keys] int32, the support of each tile of rows as the forward found it
 
     def __post_init__(self) -> None:
@@ -158,7 +158,7 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
         p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos,
         p.q_rows, p.k_rows, out, rest if parts == 1 else None, lse,
         p.tiles, *p.strides(),
-        p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.num_steps,
+        p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.n_refine,
         0 if p.tiles is None else p.tiles.stride(0),
     )  # fmt: skip
     norm = _NORMS[p.stable] if p.norm == "softmax" else p.norm

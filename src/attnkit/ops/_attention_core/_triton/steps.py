@@ -11,7 +11,9 @@ import triton.language as tl
 from attnkit._core.triton.maths import LOG2E, rounded_to, tanh
 
 __all__ = [
-    "TOLERANCE",
+    "MOST_STEPS",
+    "PARTS",
+    "entmax_end",
     "entmax_refine",
     "entmax_start",
     "entmax_step",
@@ -29,8 +31,9 @@ __all__ = [
     "softmax_step",
 ]
 
-BINS, BITS = tl.constexpr(4), tl.constexpr(16)  # of the scores less than 1 below a row's maximum
-TOLERANCE = tl.constexpr(1e-3)  # of sum(p); the step after it squares what is off
+FAR, NEAR = tl.constexpr(0.8), tl.constexpr(0.4)  # below the maximum: where the search for tau begins
+MOST_STEPS = tl.constexpr(13)  # of that search
+PARTS = tl.constexpr(8)  # of a row whose sums are kept apart, which spares threads from talking to each other
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
 
 
@@ -186,100 +189,90 @@ def entmax_pair(z, tau, factor, NORM: tl.constexpr):
 
 
 @triton.jit
-def entmax_step(z, v, state, known, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
-    """Take a tile of scores [rows, keys] into the state of a pass of entmax, given what is known from those before it:
+def _parts(x):
+    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
+
+
+@triton.jit
+def entmax_step(t, c, v, state, known, factor, STEP: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
+    """Take a tile of scores z = c * t [rows, keys] into the state of a pass of entmax, given what those before it found:
 
     "max"   (maximum,).
-    "bins"  (counts,) by BINS equal parts of what lies less than 1 below the maximum, 16 bits each; known: the maximum.
-    "sums"  sums of p, of u and of the support; known: tau and a lower bound of it.
+    "two"   sums of p and of u for tau = maximum - FAR, and for tau = maximum - NEAR; known: the maximum.
+    "sums"  sums of p, of u and of the support; known: tau.
     "out"   sums of p, of u, of p V and of u V; known: tau.
 
-    Also whether the tile may hold something of the support: a score less than 1 below the maximum so far, or above the lower
-    bound of tau.
+    Sums of rows are in PARTS. Also whether the tile may hold something of the support: a score less than 1 below the maximum
+    so far, or above tau; "sums" does not look.
     """
     if STEP == "max":
-        top = tl.max(z, 1)
+        top = tl.max(t, 1) * c
         m = tl.maximum(state[0], top)
         return (m,), tl.max((top > m - 1).to(tl.int32), 0) > 0
-    elif STEP == "bins":
-        counts = state[0]
-        place = (z - known[:, None] + 1.0) * BINS
-        shift = tl.minimum(tl.maximum(place, 0.0), BINS - 1.0).to(counts.dtype) * BITS
-        return (counts + tl.where(place >= 0, 1 << shift, 0),), tl.max(tl.max(place, 1), 0) >= 0
+    elif STEP == "two":
+        p_far, u_far, p_near, u_near = state
+        top = tl.max(tl.max(_parts(t), 1) * c - known[:, None], 1)
+        p, u = entmax_pair(t * c, known[:, None] - FAR, factor, NORM)
+        p_far, u_far = p_far + tl.sum(_parts(p), 1), u_far + tl.sum(_parts(u), 1)
+        p, u = entmax_pair(t * c, known[:, None] - NEAR, factor, NORM)
+        return (p_far, u_far, p_near + tl.sum(_parts(p), 1), u_near + tl.sum(_parts(u), 1)), tl.max(top, 0) > -1
     elif STEP == "sums":
         p_sum, u_sum, support = state
-        tau, low = known
-        p, u = entmax_pair(z, tau[:, None], factor, NORM)
-        sums = (p_sum + tl.sum(p, 1), u_sum + tl.sum(u, 1), support + tl.sum(tl.where(u > 0, 1.0, 0.0), 1))
-        return sums, tl.max(tl.max(z - low[:, None], 1), 0) > 0
+        p, u = entmax_pair(t * c, known[:, None], factor, NORM)
+        support += tl.sum(_parts(tl.where(u > 0, 1.0, 0.0)), 1)
+        return (p_sum + tl.sum(_parts(p), 1), u_sum + tl.sum(_parts(u), 1), support), True
     else:
         p_sum, u_sum, acc, other = state
-        p, u = entmax_pair(z, known[:, None], factor, NORM)
+        p, u = entmax_pair(t * c, known[:, None], factor, NORM)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         other = tl.dot(u.to(v.dtype), v, other, input_precision=PRECISION)
-        return (p_sum + tl.sum(p, 1), u_sum + tl.sum(u, 1), acc, other), tl.max(tl.max(z - known[:, None], 1), 0) > 0
+        own = tl.sum(_parts(p), 1)
+        return (p_sum + own, u_sum + tl.sum(_parts(u), 1), acc, other), tl.max(tl.max(own, 1), 0) > 0
 
 
 @triton.jit
-def _root(n, s1, s2, NORM: tl.constexpr):
-    """tau with sum(p) = 1 for n elements of the support that sum to s1, their squares to s2."""
-    if NORM == "entmax15":
-        return (s1 - tl.sqrt(tl.maximum(s1 * s1 - n * (s2 - 1), 0.0))) / n
-    else:
-        return (s1 - 1) / n
+def _newton(tau, p_sum, u_sum, factor):
+    """A lower bound of the root from any tau: the r-norm of [z - tau]+, r = 1 / factor, falls and is convex in tau, so that
+    Newton's step towards 1 ends below the root from either side."""
+    norm = tl.exp2(tl.log2(tl.maximum(p_sum, 1e-30)) * (1 - factor))
+    return tau + (p_sum - norm) / tl.maximum(u_sum, 1e-30)
 
 
 @triton.jit
-def _take(n, s1, s2, own, edge, value, square, NORM: tl.constexpr):
-    """Add `own` elements of a bin, unless the others already sum to 1 above its lower edge."""
-    if NORM == "entmax15":
-        own = tl.where(n * edge * edge - 2 * s1 * edge + s2 < 1, own, 0.0)
-    else:
-        own = tl.where(s1 - n * edge < 1, own, 0.0)
-    return n + own, s1 + own * value, s2 + own * square
+def entmax_start(m, state, factor):
+    """Where the search for tau begins, (tau, low, high), from the sums of "two"."""
+    p_far, u_far, p_near, u_near = state
+    p_sum, nearer = tl.sum(p_far, 1), tl.sum(p_near, 1)
+    low = tl.maximum(m - 1, _newton(m - FAR, p_sum, tl.sum(u_far, 1), factor))
+    low = tl.maximum(low, _newton(m - NEAR, nearer, tl.sum(u_near, 1), factor))
+    return low, low, tl.where(p_sum < 1, m - FAR, tl.where(nearer < 1, m - NEAR, m))
 
 
 @triton.jit
-def entmax_start(m, counts, NORM: tl.constexpr):
-    """Where the search for tau begins: (tau, low, high), from the maximum and the counts of bins.
+def entmax_refine(tau, low, high, state, factor, NORM: tl.constexpr):
+    """One step of the search: (tau, low, high, what the sum of p was off).
 
-    low: every element but the maximum stands for the lower edge of its bin, which moves it by less than 1 / BINS, and tau with
-    it (AdaSplash-2, arXiv:2604.15180). tau: they are spread evenly over their bins.
+    For alpha = 1.5 and 2 the root over the present support is exact once the support is.
     """
-    one = tl.full(m.shape, 1.0, tl.float32)
-    n, s1, s2 = one, one, one
-    n_even, s1_even, s2_even = one, one, one
-    for i in tl.static_range(BINS):
-        edge = (BINS - 1 - i) / BINS
-        middle = edge + 0.5 / BINS
-        own = tl.sum((counts >> ((BINS - 1 - i) * BITS)) & 0xFFFF, 1).to(tl.float32)
-        if i == 0:
-            own -= 1.0
-        n, s1, s2 = _take(n, s1, s2, own, edge, edge, edge * edge, NORM)
-        square = middle * middle + 1 / (12 * BINS * BINS)
-        n_even, s1_even, s2_even = _take(n_even, s1_even, s2_even, own, edge, middle, square, NORM)
-    low = m - 1 + _root(n, s1, s2, NORM)
-    tau = m - 1 + _root(n_even, s1_even, s2_even, NORM)
-    high = low + 1.0 / BINS
-    return tl.minimum(tl.maximum(tau, low), high), low, high
-
-
-@triton.jit
-def entmax_refine(tau, low, high, sums, factor, NORM: tl.constexpr):
-    """One step of the search: (tau, low, high).
-
-    The r-norm of [z - tau]+, r = 1 / factor, falls and is convex in tau, so that Newton's step towards 1 ends below the root
-    from either side. For alpha = 1.5 the root of the parabola over the present support is exact once the support is.
-    """
-    p_sum, u_sum, support = sums
-    newton = tau + (p_sum - tl.exp2(tl.log2(tl.maximum(p_sum, 1e-30)) * (1 - factor))) / tl.maximum(u_sum, 1e-30)
+    p_sum, u_sum, support = tl.sum(state[0], 1), tl.sum(state[1], 1), tl.sum(state[2], 1)
+    newton = _newton(tau, p_sum, u_sum, factor)
     low = tl.maximum(low, tl.where(u_sum > 0, newton, low))
     high = tl.where(p_sum >= 1, high, tl.minimum(high, tau))
     root = newton
+    f = p_sum - 1
     if NORM == "entmax15":
-        f = p_sum - 1
         root = tau + f / tl.maximum(u_sum + tl.sqrt(tl.maximum(u_sum * u_sum - support * f, 0.0)), 1e-30)
-    return tl.where((root >= low) & (root <= high), root, low), low, high
+    return tl.where((root >= low) & (root <= high), root, low), low, high, tl.abs(f)
+
+
+@triton.jit
+def entmax_end(tau, state, factor):
+    """Output, tau and sum(u V) / sum(u) from the sums of "out": one more of Newton's steps for tau, d p / d tau = -u / factor,
+    and what it changes of the output."""
+    p_sum, u_sum = tl.sum(state[0], 1), tl.maximum(tl.sum(state[1], 1), 1e-30)
+    acc, other = state[2], state[3]
+    off = tl.where(p_sum > 0, (p_sum - 1) / u_sum, 0.0)
+    return acc - off[:, None] * other, tau + off * factor, other / u_sum[:, None]
 
 
 @triton.jit
