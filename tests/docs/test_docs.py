@@ -31,6 +31,7 @@ NAMESPACES = [
     "inference",
     "kv",
     "lab.bench",
+    "lab.claims",
     "lab.compare",
     "lab.numerics",
     "lab.numerics.callback",
@@ -93,6 +94,7 @@ def test_docstrings(name: str) -> None:
         "numerics",
         "conformance",
         "race",
+        "claims",
         "training",
     ],
 )

@@ -16,6 +16,7 @@ SHOWS = {
         "one_key_too_many  float32   FAIL",
         "rounds_scores     bfloat16  FAIL",
     ],
+    "sparse_attention": ["16384 keys   softmax 0.0", "head 3: 9", "half dropped: 25 % of the pairs", "a layer: (2, 100, 128)"],
     "train_tiny": ["step   0 ", "step  99 "],
 }
 

@@ -94,6 +94,13 @@ def test_a_lone_document_is_cut_where_a_paragraph_ends(text: Path) -> None:
     assert 0.9 < len(parts[0]) / len(text.read_text("utf-8")) < 0.99
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_is_trained_on_up_to_its_last_twentieth(text: Path, seed: int) -> None:
+    facts = text_data(text, rows=1, seed=seed).facts
+    assert facts["validation"]["bytes"] < 0.1 * facts["train"]["bytes"]
+    assert [side.tolist() for side in split_documents([5, 1000], share=0.05, seed=seed)] == [[1], [0]]
+
+
 def test_split_takes_whole_documents_until_the_share_is_reached() -> None:
     sizes = [10] * 100
     train, validation = split_documents(sizes, share=0.05, seed=0)

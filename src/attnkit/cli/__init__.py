@@ -24,6 +24,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
         "attnkit.cli.numerics",
         "How far attention is from float64, and what rounding does to training.",
     ),
+    "claims": ("attnkit.cli.claims", "What papers claim, tested small: list, show, run."),
     "tune": ("attnkit.cli.tune", "Measure tile sizes of the kernels on this GPU and keep the best."),
     "systems": ("attnkit.cli.systems", "The thirty-one systems and how far each one is."),
     "assets": ("attnkit.cli.assets", "Models and texts that packages carry: list, fetch, verify."),

@@ -9,77 +9,15 @@ from typing import Any
 
 import click
 
-from attnkit._core.errors import OptionError
+from attnkit._core.errors import InputError, OptionError
 from attnkit._core.events import Event
-from attnkit.cli._common import (
-    device_option,
-    dtype_option,
-    emit,
-    json_option,
-    parse_lengths,
-    parse_names,
-    quiet_option,
-    resolve_device,
-    resolve_dtype,
-    seed_option,
-    verb,
-)
+from attnkit.cli._common import emit, parse_lengths, parse_names, resolve_device, resolve_dtype, verb
 from attnkit.cli._listener import Listener
+from attnkit.cli._train_options import SIZE, model_options, recipe_options, shared_options
 
 __all__ = ["command"]
 
 _HINT = "checkpoints are kept; use a smaller --batch, --context or --dim, or --accumulate"
-
-
-def _parse_tokens(ctx: click.Context, param: click.Parameter, value: str) -> int:
-    units = {"k": 10**3, "m": 10**6, "b": 10**9}
-    digits, unit = (value[:-1], units[value[-1:].lower()]) if value[-1:].lower() in units else (value, 1)
-    try:
-        tokens = float(digits) * unit
-    except ValueError:
-        tokens = 0.0
-    if not 1 <= tokens < 10**15:
-        raise click.BadParameter(f"{value!r} is no number of tokens; write 500k, 20M or 1.5B")
-    return round(tokens)
-
-
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def apply(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-_SIZE = click.IntRange(min=1)
-_model_options = _options(
-    click.option(
-        "--mixer",
-        default="attention",
-        show_default=True,
-        metavar="NAME",
-        help="What mixes tokens in each block; options after colons, NAME:OPTION=VALUE.",
-    ),
-    click.option("--dim", type=_SIZE, default=128, show_default=True, help="Width of the model."),
-    click.option("--layers", type=_SIZE, default=2, show_default=True, help="Blocks."),
-    click.option("--heads", type=_SIZE, default=2, show_default=True, help="Attention heads."),
-)
-_recipe_options = _options(
-    click.option(
-        "--tokens", default="1M", callback=_parse_tokens, show_default=True, metavar="N", help="To train on: 500k, 20M, 1.5B."
-    ),
-    click.option("--accumulate", type=_SIZE, default=1, show_default=True, help="Batches a step, one after the other."),
-    click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True, help="Learning rate."),
-    click.option("--weight-decay", type=click.FloatRange(min=0), default=0.1, show_default=True, help="Of AdamW."),
-    click.option("--compile/--no-compile", default=None, help="Compile the model.  [default: on a GPU]"),
-    click.option("--save-every", type=click.IntRange(min=0), default=0, help="Steps between checkpoints.  [default: a tenth]"),
-    click.option(
-        "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR", help="Folder of the run."
-    ),
-    click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint in --out."),
-)
-_shared_options = _options(device_option, dtype_option, seed_option, json_option, quiet_option)
 
 
 @verb(
@@ -94,10 +32,10 @@ _shared_options = _options(device_option, dtype_option, seed_option, json_option
 @click.option("--text", required=True, metavar="ASSET|FILE", help="novels, wiki, pubmed, stdlib, or a UTF-8 file.")
 @click.option("--tokenizer", default="bytes", show_default=True, metavar="NAME", help="bytes or smollm2.")
 @click.option("--context", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens of the longest sequence.")
-@click.option("--batch", type=_SIZE, default=16, show_default=True, help="Contexts a row: a batch has batch x context tokens.")
-@_model_options
-@_recipe_options
-@_shared_options
+@click.option("--batch", type=SIZE, default=16, show_default=True, help="Contexts a row: a batch has batch x context tokens.")
+@model_options
+@recipe_options
+@shared_options
 def _lm(text: str, tokenizer: str, context: int, batch: int, seed: int, quiet: bool, as_json: bool, **rest: Any) -> None:
     """Train a language model on a text, packed into rows of batch x context tokens with exact document borders.
 
@@ -141,10 +79,10 @@ def _lm(text: str, tokenizer: str, context: int, batch: int, seed: int, quiet: b
     "--lengths", default="64", show_default=True, callback=parse_lengths, metavar="N,..", help="Tokens of an example."
 )
 @click.option("--set", "settings", callback=parse_names, metavar="A=N,..", help="Fields of the task, e.g. alphabet=256.")
-@click.option("--batch-tokens", type=_SIZE, default=4096, show_default=True, help="Tokens of a batch.")
-@_model_options
-@_recipe_options
-@_shared_options
+@click.option("--batch-tokens", type=SIZE, default=4096, show_default=True, help="Tokens of a batch.")
+@model_options
+@recipe_options
+@shared_options
 def _task(
     name: str,
     lengths: tuple[int, ...],
@@ -210,6 +148,8 @@ def _run(
     accumulate: int,
     lr: float,
     weight_decay: float,
+    alpha_schedule: tuple[float, float, int] | None,
+    init: Path | None,
     compile: bool | None,
     save_every: int,
     out: Path,
@@ -229,7 +169,7 @@ def _run(
     precision = "bf16" if number_format == "bfloat16" else "fp32"
     from attnkit import training
 
-    world, first = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"  # set by torchrun
+    world, first = int(os.environ.get("WORLDSIZE", "1")), os.environ.get("RANK", "0") == "0"  # set by torchrun
     steps = max(1, round(tokens / (row_tokens * accumulate * world)))
     every = max(1, min(10, steps // 20))
     part = max(every, -(-(save_every or steps // 10) // every) * every)
@@ -243,12 +183,38 @@ def _run(
         model = training.new_model(
             vocab_size=data.vocab_size, dim=dim, layers=layers, heads=heads, positions=positions, mixer=mixer, seed=seed
         )
+        if init is not None:
+            _take_weights(model, init)
         document = training.train(
             model, data, recipe, out, resume=resume, device=place.type, on_event=listener.hear,
+            alpha=_schedule(alpha_schedule, row_tokens * accumulate * world),
             command=shlex.join(["attnkit", *sys.argv[1:]]),
         )  # fmt: skip
     if first:
         emit(document, as_json, *_tables(document), f"page: {out / 'index.html'}   model: {out / 'model'}")
+
+
+def _schedule(given: tuple[float, float, int] | None, step_tokens: int) -> Any:
+    """`--alpha-schedule`, whose steps are counted in tokens."""
+    from attnkit.modules import AlphaSchedule
+
+    return None if given is None else AlphaSchedule(given[1], warmup_tokens=given[2] * step_tokens, start=given[0])
+
+
+def _take_weights(model: Any, folder: Path) -> None:
+    """Begin where another run ended.
+
+    Raises:
+        InputError: the model there has other parameters.
+    """
+    from attnkit import training
+
+    try:
+        model.load_state_dict(training.load_model(folder)[0].state_dict())
+    except RuntimeError as error:
+        raise InputError(
+            f"--init {folder}: that model has other parameters; give the --dim, --layers and so on it has"
+        ) from error
 
 
 def _tables(document: dict[str, Any]) -> list[Any]:

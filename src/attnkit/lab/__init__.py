@@ -2,7 +2,7 @@
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["bench", "compare", "numerics", "tune"]
+__all__ = ["bench", "claims", "compare", "numerics", "tune"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from attnkit._core.errors import OptionError
 from attnkit._core.events import Event, Kind
 from attnkit._core.files import new_folder
-from attnkit.modules import Redrawn
+from attnkit.modules import AlphaSchedule, Redrawn
 from attnkit.training.checkpoints import seal
 from attnkit.training.data.packing import Work
 from attnkit.training.evaluate import validate
@@ -23,7 +23,7 @@ from attnkit.training.meters import Meters
 from attnkit.training.recipe import Recipe
 from attnkit.training.work import attention_channels, counted_parameters
 
-__all__ = ["JournalCallback", "RedrawCallback", "SealCallback", "SnapshotCallback", "StopCallback"]
+__all__ = ["AlphaCallback", "JournalCallback", "RedrawCallback", "SealCallback", "SnapshotCallback", "StopCallback"]
 
 Listener = Callable[[Event], None]
 
@@ -88,6 +88,7 @@ class JournalCallback(TrainerCallback):
         assert self.meters is not None
         line: dict[str, Any] = {"step": state.global_step, "tokens": self._done, "loss": logs["loss"]}
         line |= {"learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm"), **self.meters.mark()}
+        line |= {"alpha": logs["alpha"]} if "alpha" in logs else {}
         last = state.global_step >= state.max_steps
         every = self._recipe.validate_every
         if last or (every and state.global_step % every == 0):
@@ -112,14 +113,57 @@ class JournalCallback(TrainerCallback):
         return {"validation_loss": found.loss} | ({"accuracy": accuracies} if accuracies else {})
 
     def _work(self, step: int) -> Work:
-        """What all devices do in one optimizer step; the dataset's rows are dealt in order."""
-        rows = self._recipe.accumulate * self._world
-        works: list[Work] = [self._data.train.work(row) for row in range(step * rows, (step + 1) * rows)]
-        return sum(works[1:], works[0])
+        return _work(self._data, self._recipe, self._world, step)
 
     def _tell(self, kind: Kind, text: str) -> None:
         if self._speaks:
             self._on_event(Event(kind, text, self._done, self._total))
+
+
+class AlphaCallback(TrainerCallback):
+    """Moves the alpha of entmax layers along a schedule, by the tokens before each step.
+
+    So the alpha of a step does not depend on where a run was interrupted. The model's configuration follows: checkpoints and
+    the saved model hold the alpha that they were left with. Lines of the log say what alpha their last step had.
+
+    Args:
+        schedule: where alpha goes.
+        data: what is trained on.
+        recipe: how. Where it compiles, alpha goes in `LEVELS` jumps, since every new one compiles again.
+    """
+
+    LEVELS = 4
+
+    def __init__(self, schedule: AlphaSchedule, data: Any, recipe: Recipe) -> None:
+        self._schedule, self._data, self._recipe = schedule, data, recipe
+        self._tokens, self._used = 0, schedule.alpha
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the alpha of the first step that is to come."""
+        self._tokens = sum(self._work(args, step) for step in range(state.global_step))
+        self._set(kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the alpha of the next step."""
+        self._used = self._schedule.alpha
+        self._tokens += self._work(args, state.global_step - 1)
+        self._set(kwargs["model"])
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Tell the log, which is written after this."""
+        if logs is not None and "loss" in logs:
+            logs["alpha"] = self._used
+
+    def _set(self, model: Any) -> None:
+        warmup, tokens = self._schedule.warmup_tokens, self._tokens
+        if self._recipe.compile and tokens < warmup:
+            tokens = tokens * self.LEVELS // warmup * warmup // self.LEVELS
+        self._schedule.tokens = tokens
+        self._schedule.apply(model)
+        model.config.entmax_alpha = self._schedule.alpha
+
+    def _work(self, args: Any, step: int) -> int:
+        return _work(self._data, self._recipe, args.world_size, step).tokens
 
 
 class RedrawCallback(TrainerCallback):
@@ -213,6 +257,13 @@ class StopCallback(TrainerCallback):
     def _ask(self, number: int, frame: Any) -> None:
         self.asked = number
         self.restore()
+
+
+def _work(data: Any, recipe: Recipe, world: int, step: int) -> Work:
+    """What all devices do in one optimizer step; the dataset's rows are dealt in order."""
+    rows = recipe.accumulate * world
+    works: list[Work] = [data.train.work(row) for row in range(step * rows, (step + 1) * rows)]
+    return sum(works[1:], works[0])
 
 
 def _note(line: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from attnkit import report
 from attnkit._core.devices import device_name
 from attnkit._core.errors import InputError
 from attnkit._core.events import Event
+from attnkit.modules import AlphaSchedule
 from attnkit.report.train_plots import save_curves
 from attnkit.training.callbacks import StopCallback
 from attnkit.training.checkpoints import last_complete
@@ -37,6 +38,7 @@ def train(
     validation_rows: int = VALIDATION_ROWS,
     command: str = "attnkit.training.train(...)",
     on_event: Callable[[Event], None] = lambda event: None,
+    alpha: AlphaSchedule | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train a model in a folder, or go on where the folder's newest whole checkpoint stands.
@@ -45,7 +47,7 @@ def train(
     `loss.png` (where matplotlib is installed) and `model/`.
 
     Args:
-        model, data, recipe, device, validation_rows, on_event, callbacks: see `make_trainer`.
+        model, data, recipe, device, validation_rows, on_event, alpha, callbacks: see `make_trainer`.
         out: folder of the run.
         resume: go on; a folder without a whole checkpoint begins anew.
         command: for the result file.
@@ -54,14 +56,17 @@ def train(
     Raises:
         InputError: the folder holds a run and `resume` is off, or a run with another model, data or recipe; a broken
             checkpoint; data that does not fit the model.
+        OptionError: a schedule of alpha for a model without entmax.
         KeyboardInterrupt: a signal asked to stop; a checkpoint was written before.
     """
     started = time.monotonic()
     facts = report.plain({"model": _model_facts(model), "data": data.facts, "recipe": recipe.facts()})
+    if alpha is not None:
+        facts["alpha"] = {"start": alpha.start, "target": alpha.target, "warmup_tokens": alpha.warmup_tokens}
     checkpoint = _check_folder(out, facts, resume)
     trainer = make_trainer(
         model, data, recipe, out,
-        device=device, validation_rows=validation_rows, on_event=on_event, callbacks=callbacks,
+        device=device, validation_rows=validation_rows, on_event=on_event, alpha=alpha, callbacks=callbacks,
     )  # fmt: skip
     if torch.distributed.is_initialized():
         torch.distributed.barrier()  # every process has looked at the folder before one of them writes there

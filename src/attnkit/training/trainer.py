@@ -10,7 +10,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from attnkit._core.errors import InputError, UnsupportedError
 from attnkit._core.events import Event
-from attnkit.training.callbacks import JournalCallback, RedrawCallback, SealCallback, StopCallback
+from attnkit.modules import AlphaSchedule
+from attnkit.training.callbacks import AlphaCallback, JournalCallback, RedrawCallback, SealCallback, StopCallback
 from attnkit.training.data.packing import Row
 from attnkit.training.model import compile_parts
 from attnkit.training.recipe import Recipe
@@ -59,6 +60,7 @@ def make_trainer(
     device: str = "auto",
     validation_rows: int = VALIDATION_ROWS,
     on_event: Callable[[Event], None] = lambda event: None,
+    alpha: AlphaSchedule | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Trainer:
@@ -76,21 +78,27 @@ def make_trainer(
         device: "auto", "cpu" or "cuda".
         validation_rows: rows of text that a validation reads at most; tasks are always read whole.
         on_event: told the progress, in tokens.
+        alpha: where the alpha of the model's entmax layers goes; in a compiled model by four jumps, else with every step.
         callbacks: further ones, for example a `SnapshotCallback`.
         options: further fields of `transformers.TrainingArguments`, for example {"gradient_checkpointing": True}.
     Raises:
         InputError: the data has more tokens in its vocabulary or its sequences than the model, or too few rows.
+        OptionError: a schedule of alpha, and no entmax layer that it could be for.
     """
     _check(model, data, recipe)
     if recipe.compile:
         compile_parts(model)
+    scheduled = []
+    if alpha is not None:
+        alpha.apply(model)  # refuses models that have no use for it
+        scheduled = [AlphaCallback(alpha, data, recipe)]
     logged = JournalCallback(data, recipe, out, on_event=on_event, validation_rows=validation_rows)
     trainer = Trainer(
         model=model,
         args=_arguments(recipe, out, device, options or {}),
         train_dataset=_OneByOne(data.train),
         data_collator=_unwrap,
-        callbacks=[StopCallback(), RedrawCallback(), logged, SealCallback(), *callbacks],
+        callbacks=[StopCallback(), RedrawCallback(), *scheduled, logged, SealCallback(), *callbacks],
     )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
