@@ -351,6 +351,8 @@ def test_nothing_waits_for_the_gpu_and_a_graph_captures_it(name: str) -> None:
     weight = torch.randn(2, 300, 4, 16, device="cuda", dtype=torch.bfloat16)
 
     def run() -> tuple[Tensor, ...]:
+        nonlocal q, k, v
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))  # leaves of the stream that runs this
         out: Any = call()
         return (out, *torch.autograd.grad(out, (q, k, v), weight))
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit._core.library import define, define_gradient
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.indexed.call import IndexedCall, Side
 
@@ -90,39 +91,30 @@ def packed_call(base: AttentionCall, order: Order) -> AttentionCall:
     return replace(base, q=q[:, None], k=k[:, None], v=v[:, None], right=0, **places)
 
 
-class _Gather(torch.autograd.Function):
-    """Rows x[order] of a permutation; its gradient writes each row once, where that of indexing would add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return scatter(grad, order), None
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    return x.index_select(0, order)
 
 
-class _Scatter(torch.autograd.Function):
-    """The inverse: row i of x becomes row order[i]."""
+def _scatter(x: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(x).index_copy_(0, order, x)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return torch.empty_like(x).index_copy_(0, order, x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return gather(grad, order), None
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+# operators, not autograd functions: torch 2.11 loses the gradients of those under torch.compile
+_gather_op = define("gather_rows(Tensor x, Tensor order) -> Tensor", _gather, lambda x, order: torch.empty_like(x))
+_scatter_op = define("scatter_rows(Tensor x, Tensor order) -> Tensor", _scatter, lambda x, order: torch.empty_like(x))
+define_gradient("gather_rows", _save, lambda ctx, grad: (scatter(grad, *ctx.saved_tensors), None))
+define_gradient("scatter_rows", _save, lambda ctx, grad: (gather(grad, *ctx.saved_tensors), None))
 
 
 def gather(x: Tensor, order: Tensor) -> Tensor:
-    """Rows `order` of x, where order is a permutation."""
-    return _Gather.apply(x, order)  # type: ignore[no-any-return, no-untyped-call]
+    """Rows `order` of x, where order is a permutation; its gradient writes each row once, where that of indexing would add."""
+    return _gather_op(x, order)  # type: ignore[no-any-return]
 
 
 def scatter(x: Tensor, order: Tensor) -> Tensor:
-    """Undo `gather`."""
-    return _Scatter.apply(x, order)  # type: ignore[no-any-return, no-untyped-call]
+    """The inverse of `gather`: row i of x becomes row order[i]."""
+    return _scatter_op(x, order)  # type: ignore[no-any-return]

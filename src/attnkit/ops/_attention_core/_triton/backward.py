@@ -163,7 +163,7 @@ def bwd_dq(
     b_d_out = load_tile(
         d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN
     )
-    p_row = (i_b * heads + head) * num_q + row + o_row
+    p_row = (i_b * heads + head) * num_q + first.to(tl.int64) + o_m
     b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
     b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
     k += i_b * stride_kb + kv_head * stride_kh
@@ -222,10 +222,8 @@ def _visit_rows(
     step, o_row = rows_at(q_rows, first, o_m, m_row, True)
     b_q = load_tile(q + step * stride_qt, o_row, stride_qt, o_d, m_row, width, True, EVEN)
     b_d_out = load_tile(d_out + step * stride_gt, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN)
-    if q_rows is None:
-        step = first  # in 32 bits
-    b_lse2 = tl.load(lse2 + step + o_row, mask=m_row, other=float("inf"))  # rows outside: probability 0
-    b_delta = tl.load(delta + step + o_row, mask=m_row, other=0.0)
+    b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
+    b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
     s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
     if MASKED:
