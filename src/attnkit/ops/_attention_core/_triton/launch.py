@@ -126,7 +126,8 @@ class Launch:
         if self.q_rows is not None and kernel is not kb.bwd_dkdv:
             stages = 2 * stages - 1  # an index is fetched as long before its row as the row before its use
         options = {"num_warps": config.num_warps, "num_stages": stages}
-        if self.norm != "softmax" and kernel is kf.fwd and self.q.is_cuda and max(self.block_d, self.block_dv) <= 64:
+        narrow = max(self.block_d, self.block_dv) <= 64 and self.q.element_size() == 2
+        if self.norm != "softmax" and kernel is kf.fwd and self.q.is_cuda and narrow:
             options["maxnreg"] = _ENTMAX_REGISTERS
         launch(kernel, grid, arguments, shared | flags, **options)
 
