@@ -243,6 +243,41 @@ def test_kernels_are_quoted_as_they_were_measured() -> None:
         assert [float(value) for value in quoted] == [float(f"{value:.2g}") for value in measured]
 
 
+def _race_table(page: str, heading: str) -> list[list[str]]:
+    part = (DOCS / page).read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")][2:]
+
+
+def _race(name: str) -> list[dict[str, Any]]:
+    from attnkit.report import read_envelope
+
+    rows: list[dict[str, Any]] = read_envelope(ROOT / "benchmarks" / "results" / f"{name}.json")["rows"]
+    return rows
+
+
+def test_races_of_sparse_attention_are_quoted_as_they_were_run() -> None:
+    rows = [*_race("hash_sparse_attention"), *_race("hash_sparse_attention-64k"), *_race("qk_sparse_attention")]
+    table = _race_table("scfa.md", "How fast it is")
+    assert len(table) == 4
+    for length, what, ms, cudnn, best, varlen in table:
+        tokens = int(length.replace(",", ""))
+        mine = [row for row in rows if row["shape"]["T"] == tokens and ("keep" in row["shape"]) == ("dropped" in what)]
+        found = {row["peer"]: row for row in mine}
+        assert f"{found['cudnn*']['ours_ms']:.1f}" == ms
+        assert f"{found['cudnn*']['ratio']:.2f}" == cudnn
+        assert f"{found['cudnn*']['facts']['ideal_by_tiles']:.1f}" == best
+        assert (f"{found['varlen']['ratio']:.2f}" if "varlen" in found else "-") == varlen
+
+
+def test_races_of_entmax_attention_are_quoted_as_they_were_run() -> None:
+    rows = {(row["shape"]["scores"], row["peer"]): row for row in _race("entmax_attention")}
+    table = _race_table("entmax.md", "How fast it is")
+    for name, (_, empty, ms, adasplash, cudnn) in zip(("gauss", "flat", "empty60", "empty95"), table, strict=True):
+        peer, dense = rows[name, "adasplash*"], rows[name, "cudnn*"]
+        assert f"{100 * peer['facts']['empty_tiles']:.0f} %" == empty
+        assert [f"{peer['ours_ms']:.1f}", f"{peer['ratio']:.2f}", f"{dense['ratio']:.2f}"] == [ms, adasplash, cudnn]
+
+
 def test_methods_are_described() -> None:
     from attnkit.inference import available
     from attnkit.lab.compare import METHODS

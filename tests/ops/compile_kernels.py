@@ -22,7 +22,7 @@ POINTERS = {
         ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
         "fp32",
     ),
-    **dict.fromkeys(("cu_q", "cu_k", "q_pos", "tiles", "live"), "i32"),
+    **dict.fromkeys(("cu_q", "cu_k", "q_pos", "q_rows", "k_rows", "tiles", "live"), "i32"),
 }
 NEEDS = {
     "d_alphas": "ALPHAS",
@@ -30,11 +30,13 @@ NEEDS = {
     "rest": "BIAS",
     "key_bias": "BIAS",
     "d_bias": "BIAS",
+    "q_rows": "GATHERED",
+    "k_rows": "GATHERED",
 }  # pointers that are absent unless a flag is set
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
-    "ENTMAX": False,
+    "ENTMAX": False, "GATHERED": False,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -49,6 +51,8 @@ VARIANTS = (
     ("fp16", EVERYTHING | {"ROWS": "packed"}),
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
     ("bf16", PLAIN | {"ROWS": "indexed"}),
+    ("bf16", PLAIN | {"ROWS": "indexed", "GATHERED": True}),
+    ("fp16", EVERYTHING | {"ROWS": "indexed", "GATHERED": True}),
     ("fp16", SMALL | {"ROWS": "indexed", "WINDOW": True, "num_seqs": 1}),  # Triton makes a constant of every 1
 )
 ROWS = tuple(

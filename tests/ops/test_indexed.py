@@ -13,9 +13,10 @@ from attnkit import ops
 from attnkit._core.errors import BackendUnavailable, InputError
 from attnkit._core.triton import interpreted
 from attnkit.ops._attention_core.plan import Plan
+from attnkit.ops.attention.backends import BACKENDS as ATTENTION
 from attnkit.ops.indexed.call import IndexedCall, prepare, prepare_hash, prepare_qk
 from attnkit.ops.indexed.reference import count_seen
-from attnkit.ops.indexed.rows import Order, order_rows
+from attnkit.ops.indexed.rows import Order, order_rows, packed_call, scatter
 
 KERNELS = "cpu" if interpreted() else "cuda"
 
@@ -145,6 +146,86 @@ def test_dropped_rows_have_no_gradient(backend: str) -> None:
         assert grad[keep].abs().sum(-1).bool().float().mean() > 0.8
 
 
+def _some_rows(q: Tensor, k: Tensor) -> dict[str, Any]:
+    """Three groups, and rows of no group."""
+    return {
+        "num_groups": 3,
+        "q_group": torch.randint(-1, 3, q.shape[:3], device=q.device),
+        "k_group": torch.randint(-1, 3, k.shape[:3], device=k.device),
+    }
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rows", ["some", "all dropped", "of an empty tensor", "one for many keys"])
+def test_kernels_write_every_row_once(rows: str) -> None:
+    """Rows stay where they are: the kernels' results are those of packed copies put back, and leave nothing out."""
+    heads = (2, 1) if rows == "one for many keys" else (4, 2)
+    num_q, num_k = {"of an empty tensor": (33, 0), "one for many keys": (1, 1100)}.get(rows, (150, 170))
+    q, k, v = (t.requires_grad_() for t in _qkv(num_q, num_k, heads, 1 if num_q == 1 else 2, device=KERNELS))
+    options = _some_rows(q, k)
+    if rows == "all dropped":
+        options |= {"q_group": torch.full_like(options["q_group"], -1)}
+    elif rows == "one for many keys":
+        options = {}
+    results = []
+    for backend in ("triton", "torch"):
+        out, lse = ops.indexed_attention(q, k, v, None, None, **options, return_lse=True, backend=backend)
+        loss = (out * out).sum() + lse.masked_fill(lse.isneginf(), 0).sum()
+        results.append((out, lse, *torch.autograd.grad(loss, (q, k, v))))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_rows_in_place_are_bit_by_bit_those_of_sorted_copies() -> None:
+    """The same tiles of the same rows, wherever they lie."""
+    q, k, v = _qkv(150, 170, device=KERNELS)
+    call = prepare(q, k, v, None, None, **_some_rows(q, k), softcap=2.0)
+    order = order_rows(call)
+    weight = torch.randn_like(q)
+    for t in (q, k, v):
+        t.requires_grad_()
+    out, _ = next(backend for backend in ATTENTION if backend.name == "triton").run(packed_call(call.base, order))
+    expected = scatter(out[:, 0], order.queries).view(q.shape)
+    ours: Any = ops.indexed_attention(
+        q, k, v, None, None, q_group=call.queries.groups[0], k_group=call.keys.groups[0], num_groups=3, softcap=2.0,
+        backend="triton",
+    )  # fmt: skip
+    assert torch.equal(ours, expected)
+    for one, other in zip(*(torch.autograd.grad(t, (q, k, v), weight) for t in (ours, expected)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layout", ["heads first", "parts of one tensor", "expanded gradient"])
+def test_kernels_take_any_strides(layout: str) -> None:
+    q, k, v = _qkv(50, heads=(2, 2), device=KERNELS)
+    options = _some_rows(q, k)
+    if layout == "heads first":
+        views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    elif layout == "parts of one tensor":
+        views = list(torch.stack((q, k, v), 2).unbind(2))
+    else:
+        views = [q, k, v]
+    weight = torch.randn(16, device=KERNELS).expand(q.shape) if layout == "expanded gradient" else torch.randn_like(q)
+    results = []
+    for backend, inputs in (("triton", views), ("torch", (q, k, v))):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out: Any = ops.indexed_attention(*leaves, None, None, **options, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, weight)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_the_kernels_operator_is_well_behaved() -> None:
+    q, k, v = (t.requires_grad_() for t in _qkv(20, device=KERNELS))
+    call = prepare(q, k, v, None, None, **_some_rows(q, k))
+    order = order_rows(call)
+    places = (order.cu_q, order.cu_k, order.q_pos, order.queries.int(), order.keys.int())
+    operator = torch.ops.attnkit.indexed_attention_triton.default
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operator, (q, k, v, None, None, *places, 0.25, 0.0, torch.float32), test_utils=tests)
+
+
 def test_gradcheck() -> None:
     q, k, v = (t[:1].double().requires_grad_() for t in _qkv(7))
     bucket = torch.randint(0, 2, (2, 1, 7, 4))
@@ -157,13 +238,15 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(function, (q, k, v))
 
 
-def test_compiles_without_a_break() -> None:
-    q, k, v = (t.requires_grad_() for t in _qkv(30))
-    bucket, keys = torch.randint(0, 4, (2, 30, 4)), torch.randint(0, 4, (2, 30, 2))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_compiles_without_a_break(backend: str) -> None:
+    device = KERNELS if backend == "triton" else "cpu"
+    q, k, v = (t.requires_grad_() for t in _qkv(30, device=device))
+    bucket, keys = (torch.randint(0, 4, (2, 30, heads), device=device) for heads in (4, 2))
     calls = (
-        lambda: ops.hash_sparse_attention(q, k, v, bucket, keys, num_buckets=4),
-        lambda: ops.qk_sparse_attention(q, k, v, bucket > 1, keys > 1),
-        lambda: ops.indexed_attention(q, k, v, bucket, keys, causal="strict", return_lse=True)[0],
+        lambda: ops.hash_sparse_attention(q, k, v, bucket, keys, num_buckets=4, backend=backend),
+        lambda: ops.qk_sparse_attention(q, k, v, bucket > 1, keys > 1, backend=backend),
+        lambda: ops.indexed_attention(q, k, v, bucket, keys, causal="strict", return_lse=True, backend=backend)[0],
     )
     for call in calls:
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")()
@@ -268,6 +351,8 @@ def test_nothing_waits_for_the_gpu_and_a_graph_captures_it(name: str) -> None:
     weight = torch.randn(2, 300, 4, 16, device="cuda", dtype=torch.bfloat16)
 
     def run() -> tuple[Tensor, ...]:
+        nonlocal q, k, v
+        q, k, v = (t.detach().requires_grad_() for t in (q, k, v))  # leaves of the stream that runs this
         out: Any = call()
         return (out, *torch.autograd.grad(out, (q, k, v), weight))
 

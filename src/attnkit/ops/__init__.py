@@ -10,18 +10,13 @@ from attnkit._core.errors import OptionError
 from attnkit._core.opspec import OPS, OpSpec
 from attnkit.ops._chunkwise_core.layout import ChunkLayout
 from attnkit.ops._chunkwise_core.state import RecurrentState
-from attnkit.ops.attention import spec as _attention
 from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
-from attnkit.ops.entmax.spec import SPEC as _ENTMAX
 from attnkit.ops.entmax_attention.api import EntmaxAttentionResult, entmax_attention
 from attnkit.ops.entmax_attention.sparsity import attention_sparsity
-from attnkit.ops.entmax_attention.spec import SPEC as _ENTMAX_ATTENTION
-from attnkit.ops.indexed import spec as _indexed
 from attnkit.ops.indexed.api import hash_sparse_attention, indexed_attention, qk_sparse_attention
 from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
-from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
 from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
 from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
@@ -57,8 +52,16 @@ __all__ = [
     "sparsemax",
 ]
 
-for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION):
-    OPS.register(_spec.name, _spec)
+# specs are data for instruments, found where somebody asks for one: an operator that runs needs none
+_SPECS = {
+    "attention.spec": ("attention", "query_sparse_attention"),
+    "merge": ("merge_partials",),
+    "indexed.spec": ("indexed_attention", "qk_sparse_attention", "hash_sparse_attention"),
+    "entmax.spec": ("entmax",),
+    "entmax_attention.spec": ("entmax_attention",),
+    "mlstm.spec": ("mlstm",),
+    "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention"),
+}
 
 
 def _spec_of(module: str, name: str) -> OpSpec:
@@ -66,11 +69,7 @@ def _spec_of(module: str, name: str) -> OpSpec:
     return next(spec for spec in specs if spec.name == name)
 
 
-# specs are data for instruments: an operator that runs needs none
-for _module, _names in {
-    "mlstm.spec": ("mlstm",),
-    "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention"),
-}.items():
+for _module, _names in _SPECS.items():
     for _operator in _names:
         OPS.register_later(_operator, partial(_spec_of, _module, _operator))
 

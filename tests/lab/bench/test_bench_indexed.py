@@ -128,7 +128,6 @@ def test_a_race_says_what_could_be_gained_and_what_sorting_costs(op: str, vary: 
     assert facts["ideal_by_tiles"] == pytest.approx(1 / facts["tile_share"])
     assert facts["density"] < facts["tile_share"]  # tiles waste some
     assert facts["sort_ms"] > 0
-    assert facts["copy_ms"] > 0
 
 
 def test_values_come_from_the_command_line(tmp_path: Path) -> None:

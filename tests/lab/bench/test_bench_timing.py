@@ -1,8 +1,10 @@
 """The stopwatch, the order of rounds, and Triton's cache."""
 
+import itertools
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,7 +55,7 @@ def test_the_peak_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert entrant.peak_mib is None or 8 < entrant.peak_mib < 40  # the output has 16 MiB
 
 
-def test_rounds_rotate_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everybody_follows_everybody_and_the_first_round_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
 
     def measure(self: Entrant) -> float:
@@ -63,8 +65,15 @@ def test_rounds_rotate_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Entrant, "measure", measure)
     entrants = [Entrant(name, CPU, lambda: None, 1, 1, None) for name in "abc"]
     interleave(entrants, rounds=3)
-    assert "".join(order) == "abcbcacababc"
-    assert entrants[0].times == [6.0, 8.0, 10.0]
+    assert "".join(order) == "acbbcabaccab"
+    assert entrants[0].times == [6.0, 8.0, 11.0]
+    for count in (2, 3, 4, 5, 8):
+        orders = [timing._order(count, turn) for turn in range(2 * count)]
+        assert all(sorted(once) == list(range(count)) for once in orders)
+        after = Counter(pair for once in orders for pair in itertools.pairwise(once))
+        assert set(after.values()) == {2}
+        assert len(after) == count * (count - 1)
+        assert set(Counter(once[0] for once in orders).values()) == {2}
 
 
 def test_spread_is_the_relative_interquartile_range() -> None:

@@ -13,7 +13,7 @@ Who is not installed, cannot do a shape or breaks on it is listed under `skipped
 same_result=False)`). Their time and memory are measured; nobody judges their numbers; rows call them by their name and a star,
 and their `note` says what they are.
 
-*Time.* Everybody is warmed up, then runs once a round, in an order that rotates from round to round, after one round that
+*Time.* Everybody is warmed up, then runs once a round, in an order that changes from round to round, after one round that
 does not count. One measurement is as many calls as fill 50 ms, between two CUDA events on a GPU, by the clock on a CPU.
 `ours_ms` and `peer_ms` are medians over rounds, `ratio` is peer_ms / ours_ms, and `spread` is the interquartile range of
 the ratios of single rounds divided by their median: what slows a whole round cancels out of it.

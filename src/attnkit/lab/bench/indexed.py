@@ -2,7 +2,7 @@
 
 Dense attention is a baseline: it computes something else, and is what dropping pairs must be faster than. What is known of a
 shape says by how much it could be: by the pairs that are left, by the tiles that hold any of them, and how much of our time
-goes into sorting and copying rows.
+goes into sorting rows.
 """
 
 import math
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from attnkit import ops
 from attnkit._core.opspec import OPS
@@ -21,11 +20,11 @@ from attnkit.lab.bench.indexed_peers import HASH_PEERS, QK_PEERS
 from attnkit.lab.bench.inputs import normal
 from attnkit.lab.bench.race import Axis, Facts, Peer, Race, Shape, Sizes
 from attnkit.lab.bench.timing import elapsed
-from attnkit.ops.indexed.rows import gather, order_rows, scatter
+from attnkit.ops.indexed.rows import order_rows
 
 __all__ = ["HASH_RACE", "QK_RACE"]
 
-_TIMED = 5  # measurements of sorting and of copying
+_TIMED = 5  # measurements of sorting
 
 
 def _sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: int) -> Sizes:
@@ -89,18 +88,11 @@ def _traffic(shape: Shape) -> float:
 
 
 def _facts(op: str) -> Callable[[Shape, dict[str, Any]], Facts]:
-    """What is left of dense attention, and what a forward call spends before and after attention itself."""
+    """What is left of dense attention, and what a forward call spends before attention itself."""
 
     def facts(shape: Shape, inputs: dict[str, Any]) -> Facts:
         found = ops.occupancy(op, **inputs)
         call = OPS[op].prepare(**inputs)
-        order = order_rows(call)
-        flat = [inputs[name].detach().flatten(0, 2) for name in "qkv"]
-
-        def copy() -> Tensor:
-            q, *_ = (gather(t, where) for t, where in zip(flat, (order.queries, order.keys, order.keys), strict=True))
-            return scatter(q, order.queries)
-
         numbers = {
             "density": found.density,
             "tile_share": found.step_share,
@@ -108,7 +100,6 @@ def _facts(op: str) -> Callable[[Shape, dict[str, Any]], Facts]:
             "ideal_by_pairs": 1 / found.density if found.density else math.inf,
             "ideal_by_tiles": 1 / found.step_share if found.step_share else math.inf,
             "sort_ms": _milliseconds(shape, lambda: order_rows(call)),
-            "copy_ms": _milliseconds(shape, copy),
         }
         return {name: value for name, value in numbers.items() if math.isfinite(value)}
 

@@ -122,16 +122,28 @@ def _repeats(device: torch.device, run: Callable[[], object]) -> int:
 
 
 def interleave(entrants: Sequence[Entrant], rounds: int) -> None:
-    """Measure everybody once a round, in an order that rotates; one more round comes first and does not count."""
+    """Measure everybody once a round; one more round comes first and does not count.
+
+    The order is a Williams square, read backwards every other round: over the rounds everybody comes first and last as often
+    as the others, and after each of the others as often. In a cycle one contestant would always find the device as hot, and
+    its clock as low, as its one neighbour has left it.
+    """
     for turn in range(rounds + 1):
-        shift = turn % len(entrants)
-        for entrant in (*entrants[shift:], *entrants[:shift]):
+        for place in _order(len(entrants), turn):
+            entrant = entrants[place]
             try:
                 seconds = entrant.measure()
             except Exception as error:
                 raise RuntimeError(f"{entrant.name} broke after its warm-up: {reason(error)}") from error
             if turn:
                 entrant.times.append(seconds)
+
+
+def _order(count: int, turn: int) -> list[int]:
+    """0, count - 1, 1, count - 2 .., shifted by a step every two rounds."""
+    zigzag = [i // 2 if i % 2 == 0 else count - 1 - i // 2 for i in range(count)]
+    order = [(place + turn // 2) % count for place in zigzag]
+    return order[::-1] if turn % 2 else order
 
 
 def reason(error: BaseException) -> str:

@@ -27,8 +27,8 @@ Forward = tuple[Any, ...]  # out, lse, and what else the backward pass needs, ea
 class Interface:
     """What an operator on the core takes and returns beyond what all of them do.
 
-    All take (q, k, v, PER_HEAD, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos, OPTIONS, LAST) and return out, a number for
-    each row, and further tensors for the backward pass or None in their place; all have gradients of the first five.
+    All take (q, k, v, PER_HEAD, key_bias, cu_seqlens_q, cu_seqlens_k, q_pos, INDICES, OPTIONS, LAST) and return out, a number
+    for each row, and further tensors for the backward pass or None in their place; all have gradients of the first five.
 
     Attributes:
         per_head: the name of the tensor [H] (None: not given).
@@ -36,6 +36,7 @@ class Interface:
         last: declaration of one that only the forward pass takes.
         fake: the forward pass on shapes.
         kept: how many further tensors there are.
+        indices: names of tensors that say where rows are.
     """
 
     per_head: str
@@ -43,14 +44,18 @@ class Interface:
     last: str
     fake: Callable[..., Results]
     kept: int = 1
+    indices: tuple[str, ...] = ()
+
+    @property
+    def tensors(self) -> int:
+        """How many of the inputs are tensors; they come first."""
+        return 8 + len(self.indices)
 
     @property
     def inputs(self) -> str:
         """The declarations of all inputs of the backward pass."""
-        return (
-            f"Tensor q, Tensor k, Tensor v, Tensor? {self.per_head}, Tensor? key_bias, Tensor? cu_seqlens_q, "
-            f"Tensor? cu_seqlens_k, Tensor? q_pos, {self.options}"
-        )
+        optional = (self.per_head, "key_bias", "cu_seqlens_q", "cu_seqlens_k", "q_pos", *self.indices)
+        return ", ".join(["Tensor q, Tensor k, Tensor v", *(f"Tensor? {name}" for name in optional), self.options])
 
 
 def _blockwise_forward(inputs: tuple[Any, ...], out_dtype: torch.dtype) -> Forward:
@@ -82,11 +87,6 @@ def _batched(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, key_bias: Te
     return (q, k, v, sinks, key_bias, *rest)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.options = inputs[_TENSORS:-1]  # the last is for the forward pass alone
-
-
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, stable, out_dtype = args
     out = q.new_empty(*q.shape[:-1], v.shape[-1], dtype=out_dtype)
@@ -104,7 +104,6 @@ def _backward_fake(need_bias: bool, q: Tensor, k: Tensor, v: Tensor, *inputs: An
 SOFTMAX = Interface(
     "sinks", "float scale, int left, int right, float softcap, str stable", "ScalarType out_dtype", _forward_fake
 )
-_TENSORS = 8  # inputs that are tensors
 _GRADS = ", ".join(["Tensor"] * 5)
 
 
@@ -115,22 +114,20 @@ def _plain(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
 
 
-def _direct(run: Callable[..., Forward], gradient: Callable[..., tuple[Tensor | None, ...]]) -> Any:
+def _direct(run: Callable[..., Forward], save: Callable[..., None], gradient: Callable[..., tuple[Tensor | None, ...]]) -> Any:
     """The autograd function of plain calls."""
 
     class Direct(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
             output = run(*args)
-            _save(ctx, args, output)
+            save(ctx, args, output)
             ctx.set_materialize_grads(False)  # nobody may ask for the gradient of the LSE
             return output[:2]
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-            if d_out is None:
-                d_out = torch.zeros_like(ctx.saved_tensors[_TENSORS])
             return gradient(ctx, d_out, d_lse)
 
     return Direct
@@ -164,7 +161,11 @@ def register(
     torch.library wraps around them cost as much as launching the kernels. Whoever traces or watches sees the operators.
     """
 
-    kept = interface.kept
+    kept, tensors = interface.kept, interface.tensors
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Forward) -> None:
+        ctx.save_for_backward(*inputs[:tensors], *output)
+        ctx.options = inputs[tensors:-1]  # the last is for the forward pass alone
 
     def run(q: Tensor, *args: Any) -> Forward:
         *inputs, last = args
@@ -181,13 +182,17 @@ def register(
         d_q, d_k, d_v, d_sinks, d_key_bias = grads
         return d_q[0], d_k[0], d_v[0], d_sinks, d_key_bias[0] if d_key_bias.dim() > 1 else d_key_bias
 
-    def gradient(ctx: Any, through: Callable[..., Results], d_out: Tensor, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, results = ctx.saved_tensors[:_TENSORS], ctx.saved_tensors[_TENSORS:]
-        need_bias = tensors[4] is not None and ctx.needs_input_grad[4]
-        grads = through(d_out, d_lse, *results, need_bias, *tensors, *ctx.options)
-        d_sinks = None if tensors[3] is None else grads[3]
+    def gradient(
+        ctx: Any, through: Callable[..., Results], d_out: Tensor | None, d_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: gradient checkpointing computes them when they are asked for
+        inputs, results = saved[:tensors], saved[tensors:]
+        d_out = torch.zeros_like(results[0]) if d_out is None else d_out
+        need_bias = inputs[4] is not None and ctx.needs_input_grad[4]
+        grads = through(d_out, d_lse, *results, need_bias, *inputs, *ctx.options)
+        d_sinks = None if inputs[3] is None else grads[3]
         d_key_bias = grads[4] if need_bias else None
-        return (*grads[:3], d_sinks, d_key_bias, *[None] * (len(ctx.options) + 4))
+        return (*grads[:3], d_sinks, d_key_bias, *[None] * (tensors - 4 + len(ctx.options)))
 
     forward_traced, backward_traced = _traced(run, run_backward, kept)
     results = ", ".join(["Tensor"] * (2 + kept))
@@ -195,11 +200,11 @@ def register(
     results = ", ".join(f"Tensor {t}" for t in ("d_out", "d_lse", "out", "lse", *(f"kept{i}" for i in range(kept))))
     schema = f"{name}_backward({results}, bool need_bias, {interface.inputs}) -> ({_GRADS})"
     backward_op = define(schema, backward_traced, lambda *args: _backward_fake(*_split(args, kept)[1]))
-    direct = _direct(run, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse))
-    define_gradient(name, _save, lambda ctx, d_out, d_lse, *_: gradient(ctx, backward_op, d_out, d_lse))
+    direct = _direct(run, save, lambda ctx, d_out, d_lse: gradient(ctx, run_backward, d_out, d_lse))
+    define_gradient(name, save, lambda ctx, d_out, d_lse, *_: gradient(ctx, backward_op, d_out, d_lse))
 
     def call(*args: Any) -> Any:
-        if not _plain(args[:_TENSORS]):
+        if not _plain(args[:tensors]):
             return operator(*args)[:2]
         return direct.apply(*args) if torch.is_grad_enabled() else run(*args)[:2]
 

@@ -2,9 +2,9 @@
 
 Sorted by (batch, key head, group, position), the keys that a query sees are one range of rows: from the first key of its
 group to the last one that is not behind it. So attention over groups is attention of packed sequences, one for each batch
-element, key head and group, whose queries stand on given keys; the kernels learn nothing new. Dropped rows are sorted to
-the end, behind the last boundary, where they belong to no sequence. Every size is known beforehand and nothing is read on
-the host.
+element, key head and group, whose queries stand on given keys. The kernels find the rows by their order; what runs in plain
+torch gets copies in that order. Dropped rows are sorted to the end, behind the last boundary, where they belong to no
+sequence. Every size is known beforehand and nothing is read on the host.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnkit._core.library import define, define_gradient
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.indexed.call import IndexedCall, Side
 
@@ -83,46 +84,37 @@ def _spread(t: Tensor) -> Tensor:
 
 
 def packed_call(base: AttentionCall, order: Order) -> AttentionCall:
-    """The same attention on packed rows of one head."""
+    """The same attention on packed copies of the rows, of one head."""
     q = gather(base.q.flatten(0, 2), order.queries)
     k, v = (gather(t.flatten(0, 2), order.keys) for t in (base.k, base.v))
     places: dict[str, Any] = {"q_pos": order.q_pos, "cu_seqlens_q": order.cu_q, "cu_seqlens_k": order.cu_k}
     return replace(base, q=q[:, None], k=k[:, None], v=v[:, None], right=0, **places)
 
 
-class _Gather(torch.autograd.Function):
-    """Rows x[order] of a permutation; its gradient writes each row once, where that of indexing would add."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return scatter(grad, order), None
+def _gather(x: Tensor, order: Tensor) -> Tensor:
+    return x.index_select(0, order)
 
 
-class _Scatter(torch.autograd.Function):
-    """The inverse: row i of x becomes row order[i]."""
+def _scatter(x: Tensor, order: Tensor) -> Tensor:
+    return torch.empty_like(x).index_copy_(0, order, x)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
-        return torch.empty_like(x).index_copy_(0, order, x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors
-        return gather(grad, order), None
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+# operators, not autograd functions: torch 2.11 loses the gradients of those under torch.compile
+_gather_op = define("gather_rows(Tensor x, Tensor order) -> Tensor", _gather, lambda x, order: torch.empty_like(x))
+_scatter_op = define("scatter_rows(Tensor x, Tensor order) -> Tensor", _scatter, lambda x, order: torch.empty_like(x))
+define_gradient("gather_rows", _save, lambda ctx, grad: (scatter(grad, *ctx.saved_tensors), None))
+define_gradient("scatter_rows", _save, lambda ctx, grad: (gather(grad, *ctx.saved_tensors), None))
 
 
 def gather(x: Tensor, order: Tensor) -> Tensor:
-    """Rows `order` of x, where order is a permutation."""
-    return _Gather.apply(x, order)  # type: ignore[no-any-return, no-untyped-call]
+    """Rows `order` of x, where order is a permutation; its gradient writes each row once, where that of indexing would add."""
+    return _gather_op(x, order)  # type: ignore[no-any-return]
 
 
 def scatter(x: Tensor, order: Tensor) -> Tensor:
-    """Undo `gather`."""
-    return _Scatter.apply(x, order)  # type: ignore[no-any-return, no-untyped-call]
+    """The inverse of `gather`: row i of x becomes row order[i]."""
+    return _scatter_op(x, order)  # type: ignore[no-any-return]

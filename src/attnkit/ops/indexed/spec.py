@@ -35,7 +35,7 @@ def _row_scale(prepare: Prepare) -> Callable[..., Tensor]:
 
 CAPABILITIES = {
     "cpu": "yes: torch's fused kernel on sorted rows; the Triton kernels in the interpreter, float32, when named",
-    "cuda": "yes: sorting and Triton kernels, compute capability 8.0",
+    "cuda": "yes: Triton kernels on rows where they are, in sorted order, compute capability 8.0",
     "backward": "yes, LSE included; deterministic",
     "packed": "sequences are groups: a row's group says which it belongs to",
     "grouped heads": "any H that is a multiple of Hkv; query heads of a group may differ in everything",

@@ -14,7 +14,7 @@ from attnkit.ops.mlstm.call import prepare
 from attnkit.ops.mlstm.cases import CASES
 from attnkit.ops.mlstm.reference import recurrent, row_scale
 
-__all__ = ["SPECS"]
+__all__ = ["SPEC", "SPECS"]
 
 
 def _oracle(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -25,7 +25,7 @@ def _naive(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
     return flattened(recurrent(prepare(*args, **kwargs), rounded=True))
 
 
-_SPEC = OpSpec(
+SPEC = OpSpec(
     name="mlstm",
     summary="a matrix memory with exponential or sigmoid gates and a normaliser, chunk by chunk (mLSTM)",
     source="Beck et al. 2025 (arXiv:2503.14376)",
@@ -67,4 +67,4 @@ _SPEC = OpSpec(
         Refusal("a backward pass of the backward pass", "gradients are first order"),
     ),
 )
-SPECS = (_SPEC,)
+SPECS = (SPEC,)

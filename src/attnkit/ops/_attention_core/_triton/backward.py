@@ -9,6 +9,7 @@ from attnkit.ops._attention_core._triton.steps import (
     load_bias,
     load_tile,
     norm_factor,
+    rows_at,
     score_gradient,
     scores,
     seen,
@@ -76,16 +77,16 @@ def _visit_keys(
 ):  # fmt: skip
     """Add what the keys first .. first + BLOCK_N contribute to d_q / scale, or with DELTA to sum(p * dp)."""
     b_q, b_d_out, b_lse2, b_delta = rows
-    k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
+    k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_key = first + o_n < limit
-    step = tl.cast(first, tl.int64)
-    b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
-    b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
+    step, o_row = rows_at(k_rows, first, o_n, m_key, MASKED)
+    b_k = load_tile(k + step * stride_ks, o_row, stride_ks, o_d, m_key, width, MASKED, EVEN)
+    b_v = load_tile(v + step * stride_vs, o_row, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
     b_bias = None
     if BIAS:
-        b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+        b_bias = load_bias(key_bias + step * stride_bs, o_row, stride_bs, m_key)
         shown = (b_bias > float("-inf"))[:, None]
         b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
     s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -130,7 +131,7 @@ def _walk_keys(
 
 @triton.jit
 def bwd_dq(
-    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_q, tiles,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, d_out, lse2, delta, d_q, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -156,12 +157,13 @@ def bwd_dq(
     lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
 
     kv_head = (head // kv_group).to(tl.int64)
-    i_b, head, row = i_b.to(tl.int64), head.to(tl.int64), first.to(tl.int64)
-    b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_m, stride_qt, o_d, m_row, width, True, EVEN)
+    i_b, head = i_b.to(tl.int64), head.to(tl.int64)
+    row, o_row = rows_at(q_rows, first, o_m, m_row, True)
+    b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_row, stride_qt, o_d, m_row, width, True, EVEN)
     b_d_out = load_tile(
-        d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN
+        d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN
     )
-    p_row = (i_b * heads + head) * num_q + row + o_m
+    p_row = (i_b * heads + head) * num_q + first.to(tl.int64) + o_m
     b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
     b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
     k += i_b * stride_kb + kv_head * stride_kh
@@ -174,7 +176,7 @@ def bwd_dq(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     rows = (b_q, b_d_out, b_lse2, b_delta)
-    keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
+    keys = (k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs)
     rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     if tiles is not None:
         tiles += pid.to(tl.int64) * stride_tiles + 1
@@ -195,7 +197,7 @@ def bwd_dq(
         tl.store(delta + p_row, b_delta + acc, mask=m_row)
     else:
         tl.store(
-            d_q + ((i_b * num_q + row) * heads + head) * width + (o_m * heads * width)[:, None] + o_d[None, :],
+            d_q + ((i_b * num_q + row) * heads + head) * width + (o_row * heads * width)[:, None] + o_d[None, :],
             (acc * scale).to(d_q.dtype.element_ty),
             mask=m_row[:, None] & (EVEN | (o_d < width))[None, :],
         )
@@ -213,13 +215,13 @@ def _visit_rows(
     Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys.
     """
     b_k, b_v, b_bias, m_key = keys
-    q, d_out, lse2, delta, q_pos, stride_qt, stride_gt = rows
+    q, d_out, lse2, delta, q_pos, q_rows, stride_qt, stride_gt = rows
     scale, factor, left, right, softcap, width, width_v = rules
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_row = first + o_m < end
-    step = tl.cast(first, tl.int64)
-    b_q = load_tile(q + step * stride_qt, o_m, stride_qt, o_d, m_row, width, True, EVEN)
-    b_d_out = load_tile(d_out + step * stride_gt, o_m, stride_gt, o_dv, m_row, width_v, True, EVEN)
+    step, o_row = rows_at(q_rows, first, o_m, m_row, True)
+    b_q = load_tile(q + step * stride_qt, o_row, stride_qt, o_d, m_row, width, True, EVEN)
+    b_d_out = load_tile(d_out + step * stride_gt, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN)
     b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
     b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
     s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
@@ -267,7 +269,8 @@ def _walk_rows(
 
 @triton.jit
 def bwd_dkdv(
-    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, d_out, lse2, delta, d_k, d_v, d_bias, tiles, live,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, d_out, lse2, delta, d_k, d_v, d_bias,
+    tiles, live,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     batch, num_q, num_k, heads, kv_heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -303,14 +306,17 @@ def bwd_dkdv(
         lo, full_lo, full_hi, hi = rows_behind(q_pos, first, last, q_start, q_end, left, right, WINDOW)
     else:
         lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
-    i_b, kv_head, row = i_b.to(tl.int64), kv_head.to(tl.int64), first.to(tl.int64)
-    b_k = load_tile(k + i_b * stride_kb + row * stride_ks + kv_head * stride_kh, o_n, stride_ks, o_d, m_key, width, True, EVEN)
+    i_b, kv_head = i_b.to(tl.int64), kv_head.to(tl.int64)
+    row, o_row = rows_at(k_rows, first, o_n, m_key, True)
+    b_k = load_tile(
+        k + i_b * stride_kb + row * stride_ks + kv_head * stride_kh, o_row, stride_ks, o_d, m_key, width, True, EVEN
+    )
     b_v = load_tile(
-        v + i_b * stride_vb + row * stride_vs + kv_head * stride_vh, o_n, stride_vs, o_dv, m_key, width_v, True, EVEN
+        v + i_b * stride_vb + row * stride_vs + kv_head * stride_vh, o_row, stride_vs, o_dv, m_key, width_v, True, EVEN
     )
     b_bias = None
     if BIAS:
-        b_bias = load_bias(key_bias + i_b * stride_bb + row * stride_bs + kv_head * stride_bh, o_n, stride_bs, m_key)
+        b_bias = load_bias(key_bias + i_b * stride_bb + row * stride_bs + kv_head * stride_bh, o_row, stride_bs, m_key)
         shown = (b_bias > float("-inf"))[:, None]
         b_k, b_v = tl.where(shown, b_k, 0.0), tl.where(shown, b_v, 0.0)
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -331,7 +337,7 @@ def bwd_dkdv(
         p_row = (i_b * heads + head + i_h) * num_q
         p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
         p_d_out = d_out + i_b * stride_gb + (head + i_h) * stride_gh
-        rows = (p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, stride_qt, stride_gt)
+        rows = (p_q, p_d_out, lse2 + p_row, delta + p_row, q_pos, q_rows, stride_qt, stride_gt)
         rules = (scale, norm_factor(gaps, head + i_h, NORM), left, right, softcap, width, width_v)
         if tiles is not None:
             row_tiles = tl.cdiv(num_q, BLOCK_M)
@@ -355,7 +361,7 @@ def bwd_dkdv(
                 BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
             )  # fmt: skip
 
-    p_key = ((part * batch + i_b) * num_k + row) * kv_heads + kv_head + o_n * kv_heads
+    p_key = ((part * batch + i_b) * num_k + row) * kv_heads + kv_head + o_row * kv_heads
     tl.store(
         d_k + p_key[:, None] * width + o_d[None, :],
         (acc_k * scale).to(d_k.dtype.element_ty),

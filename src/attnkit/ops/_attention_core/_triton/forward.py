@@ -14,6 +14,7 @@ from attnkit.ops._attention_core._triton.steps import (
     load_bias,
     load_tile,
     norm_factor,
+    rows_at,
     scores,
     seen,
     softmax_end,
@@ -36,15 +37,15 @@ def _visit(
 
     Returns the state of the pass, and whether a later pass of entmax has to come back.
     """
-    k, v, key_bias, stride_ks, stride_vs, stride_bs = keys
+    k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_key = first + o_n < limit
-    step = tl.cast(first, tl.int64)
-    b_k = load_tile(k + step * stride_ks, o_n, stride_ks, o_d, m_key, width, MASKED, EVEN)
+    step, o_row = rows_at(k_rows, first, o_n, m_key, MASKED)
+    b_k = load_tile(k + step * stride_ks, o_row, stride_ks, o_d, m_key, width, MASKED, EVEN)
     b_bias = None
     if BIAS:
-        b_bias = load_bias(key_bias + step * stride_bs, o_n, stride_bs, m_key)
+        b_bias = load_bias(key_bias + step * stride_bs, o_row, stride_bs, m_key)
         b_k = tl.where((b_bias > float("-inf"))[:, None], b_k, 0.0)
     t = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     t, t_scale = scores(t, b_bias[None, :] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
@@ -53,7 +54,7 @@ def _visit(
         t = tl.where(see, t, float("-inf"))
     b_v = None
     if STEP == "softmax" or STEP == "out":
-        b_v = load_tile(v + step * stride_vs, o_n, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
+        b_v = load_tile(v + step * stride_vs, o_row, stride_vs, o_dv, m_key, width_v, MASKED, EVEN)
         if BIAS:
             b_v = tl.where((b_bias > float("-inf"))[:, None], b_v, 0.0)  # 0 * NaN is NaN
     live = True
@@ -211,7 +212,7 @@ def _entmax_rows(
 
 @triton.jit
 def fwd(
-    q, k, v, sinks, gaps, key_bias, cu_q, cu_k, q_pos, out, rest, lse, tiles,
+    q, k, v, sinks, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, out, rest, lse, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -251,8 +252,9 @@ def fwd(
         full_hi = tl.minimum(full_hi, hi)
 
     i_b, head, kv_head = i_b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    q += i_b * stride_qb + head * stride_qh + first.to(tl.int64) * stride_qt
-    p_q = q + (o_t * stride_qt + o_h.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
+    step, o_row = rows_at(q_rows, first, o_t, m_row, True)
+    q += i_b * stride_qb + head * stride_qh + step * stride_qt
+    p_q = q + (o_row * stride_qt + o_h.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
     b_q = tl.load(p_q, mask=m_row[:, None] & (EVEN | (o_d < width))[None, :], other=0.0)
     k += i_b * stride_kb + kv_head * stride_kh
     v += i_b * stride_vb + kv_head * stride_vh
@@ -260,7 +262,7 @@ def fwd(
         key_bias += i_b * stride_bb + kv_head * stride_bh
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     span = (lo, head_end, body_end, hi)
-    keys = (k, v, key_bias, stride_ks, stride_vs, stride_bs)
+    keys = (k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs)
     rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
     if ENTMAX:
@@ -279,8 +281,8 @@ def fwd(
             span, b_q, o_pos, sink, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
-    row = (part * batch + i_b) * num_q + first
-    p_row = row * heads + head + o_t * heads + o_h
+    row = (part * batch + i_b) * num_q + step
+    p_row = row * heads + head + o_row * heads + o_h
     p_out = p_row[:, None] * width_v + o_dv[None, :]
     m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
     b_out = acc.to(out.dtype.element_ty)

@@ -21,6 +21,7 @@ __all__ = [
     "load_tile",
     "norm_factor",
     "raised_max",
+    "rows_at",
     "score_gradient",
     "scores",
     "seen",
@@ -34,6 +35,17 @@ FAR, NEAR = tl.constexpr(0.8), tl.constexpr(0.4)  # below the maximum: where the
 MOST_STEPS = tl.constexpr(13)  # of that search
 PARTS = tl.constexpr(8)  # of a row whose sums are kept apart, which spares threads from talking to each other
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
+
+
+@triton.jit
+def rows_at(rows, first, o_row, row_mask, MASKED: tl.constexpr):
+    """Where the rows first + o_row lie, as (a, b) with a + b the row: they follow each other, or `rows` says where."""
+    if rows is None:
+        return tl.cast(first, tl.int64), o_row
+    elif MASKED:
+        return 0, tl.load(rows + first + o_row, mask=row_mask, other=0).to(tl.int64)
+    else:
+        return 0, tl.load(rows + first + o_row).to(tl.int64)
 
 
 @triton.jit
