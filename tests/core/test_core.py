@@ -37,6 +37,20 @@ def test_registry_keeps_order_and_suggests() -> None:
         registry.register("dense", 3)
 
 
+def test_registry_makes_what_is_registered_later_once() -> None:
+    registry: Registry[list[int]] = Registry("method")
+    made: list[int] = []
+    registry.register_later("late", lambda: made.append(1) or made)
+    registry.register("plain", [])
+    assert "late" in registry
+    assert list(registry) == ["late", "plain"]
+    assert made == []
+    assert registry["late"] is registry["late"] is registry.values()[0]
+    assert made == [1]
+    with pytest.raises(errors.OptionError, match="method 'late' is registered twice"):
+        registry.register_later("late", list)
+
+
 def test_missing_extra_is_the_install_line() -> None:
     with pytest.raises(
         errors.MissingExtra, match=re.escape('no_such_package is not installed; run: pip install "attnkit[video]"')

@@ -88,6 +88,7 @@ def test_docstrings(name: str) -> None:
         "attention",
         "attention-core",
         "entmax",
+        "chunkwise",
         "models",
         "inference",
         "compare",

@@ -74,6 +74,14 @@ DECODERS: dict[str, dict[str, Any]] = {
         "sparse": {"num_buckets": 4, "qk_shared": True, "rounds": 2, "self_attend": False},
     },
     "dropped": {"mixer_types": ["drop_sparse_attention", "attention"]},
+    "mlstm": {"mixer_types": ["mlstm", "mlstm_sigmoid"], "mlstm": {"igate_bias_init": 0.0, "qk_ratio": 1.0}},
+    "lightning": {"mixer_types": ["lightning", "lightning_nope"]},
+    "recurrent_hybrid": {
+        "mixer_types": ["lightning", "attention", "mlstm"],
+        "attention_bias": True,
+        "mlstm": {"igate_bias_init": None},
+        "lightning": {"silu": True, "layerwise_decay": False},
+    },
     "states": {"mixer_types": ["test_average", "attention"]},
     "shared": {"mixer_types": ["test_producer", "attention", "test_consumer"]},
     "no_keys": {"mixer_types": ["test_producer", "test_consumer"]},
@@ -82,7 +90,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "encoder": {},
     "sliding_encoder": {"mixer_types": "sliding_attention", "sliding_window": 4, "norm_type": "layernorm"},
 }
-ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax", "hashed", "hashed_shared")  # padded and packed input works
+RECURRENT = ("mlstm", "lightning", "recurrent_hybrid")
+ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax", "hashed", "hashed_shared", *RECURRENT)  # padded, packed
 
 
 def build(name: str, **options: Any) -> Any:

@@ -235,6 +235,16 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> N
     assert len(calls) == 2 * len(model.model.layers), "every block runs again in the backward pass"
 
 
+def _qk_ratio(config: Any) -> float:
+    return getattr(config, "mlstm", {}).get("qk_ratio", 0.5)
+
+
+def _mlstm_weights(config: Any) -> float:
+    """Queries, keys, values, output gate and output; two gates with biases; the norm."""
+    width, heads = config.hidden_size, config.num_attention_heads
+    return width * width * (3 + 2 * _qk_ratio(config)) + 2 * heads * (width + 1) + width
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_parameter_count(name: str) -> None:
     """Counted from the configuration alone."""
@@ -247,6 +257,9 @@ def test_parameter_count(name: str) -> None:
     attention = 2 * width * (queries + keys) + c.attention_bias * (queries + 2 * keys + width)
     if getattr(c, "sparse", {}).get("qk_shared"):  # no projection of keys, and a temperature of each head
         attention += c.num_attention_heads - width * keys
+    bias = c.attention_bias
+    mixers["mlstm"] = mixers["mlstm_sigmoid"] = _mlstm_weights(c) + bias * (width * 3 + 2 * width * _qk_ratio(c))
+    mixers["lightning"] = mixers["lightning_nope"] = 5 * width * width + 2 * c.head_dim + width + bias * 5 * width
     mlps = {
         "swiglu": 3 * width * inner + c.mlp_bias * (2 * inner + width) + norm,
         "mlp": 2 * width * inner + c.mlp_bias * (inner + width) + norm,

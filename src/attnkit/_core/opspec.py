@@ -83,7 +83,8 @@ class OpSpec:
         summary: one line.
         source: paper and equation.
         function: the public function.
-        outputs: names of what it returns, in order (with `return_lse=True` where it has that option).
+        outputs: names of the tensors it returns, in order (with `return_lse=True` where it has that option); tuples in tuples
+            count tensor by tensor.
         cases: the conformance cases.
         oracle: float64 inputs -> outputs, from the defining formula, independent of any kernel's decomposition.
         naive: same-dtype inputs -> outputs, the plain form that the error budget refers to; differentiable.
@@ -98,6 +99,9 @@ class OpSpec:
         capabilities: capability -> "yes", or a limit in words.
         refusals: calls refused by name.
         budget: error budget.
+        arguments: a case's inputs -> arguments of the public function, where the two differ: cases hold tensors, an argument
+            may be made of several.
+        wide: outputs that are in the accumulation dtype whatever the inputs are in.
     """
 
     name: str
@@ -117,6 +121,8 @@ class OpSpec:
     capabilities: Mapping[str, str] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
     budget: Budget = field(default_factory=Budget)
+    arguments: Callable[[Inputs], Inputs] = dict
+    wide: tuple[str, ...] = ("lse",)
 
 
 OPS: Registry[OpSpec] = Registry("operator")

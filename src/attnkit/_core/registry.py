@@ -1,7 +1,7 @@
 """One typed registry for operators, methods, assets and whatever else is looked up by name."""
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 from attnkit._core.errors import OptionError
@@ -21,6 +21,8 @@ class Registry(Generic[T]):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self._values: dict[str, T] = {}
+        self._makers: dict[str, Callable[[], T]] = {}  # of values that nobody has asked for yet
+        self._names: list[str] = []
 
     def register(self, name: str, value: T) -> T:
         """Add a value and return it.
@@ -28,27 +30,42 @@ class Registry(Generic[T]):
         Raises:
             OptionError: the name is taken.
         """
-        if name in self._values:
-            raise OptionError(f"{self.kind} {name!r} is registered twice; choose another name")
+        self._claim(name)
         self._values[name] = value
         return value
+
+    def register_later(self, name: str, make: Callable[[], T]) -> None:
+        """Add a value that is made when somebody first asks for it.
+
+        Raises:
+            OptionError: the name is taken.
+        """
+        self._claim(name)
+        self._makers[name] = make
+
+    def _claim(self, name: str) -> None:
+        if name in self._names:
+            raise OptionError(f"{self.kind} {name!r} is registered twice; choose another name")
+        self._names.append(name)
 
     def __getitem__(self, name: str) -> T:
         if name in self._values:
             return self._values[name]
-        near = difflib.get_close_matches(name, self._values, n=1)
+        if name in self._makers:
+            return self._values.setdefault(name, self._makers.pop(name)())
+        near = difflib.get_close_matches(name, self._names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise OptionError(f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self._values) or 'none'}")
+        raise OptionError(f"unknown {self.kind} {name!r}; {hint}known: {', '.join(self._names) or 'none'}")
 
     def __contains__(self, name: object) -> bool:
-        return name in self._values
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._names)
 
     def values(self) -> tuple[T, ...]:
         """All values, in the order of registration."""
-        return tuple(self._values.values())
+        return tuple(self[name] for name in self._names)

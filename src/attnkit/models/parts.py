@@ -7,7 +7,15 @@ from torch import nn
 
 from attnkit._core.errors import OptionError
 from attnkit.models.registry import MLPS, mixer
-from attnkit.modules import MLP, EntmaxAttention, SoftmaxAttention, SparseCausalAttention, SwiGLU
+from attnkit.modules import (
+    MLP,
+    EntmaxAttention,
+    LightningAttention,
+    MLSTMLayer,
+    SoftmaxAttention,
+    SparseCausalAttention,
+    SwiGLU,
+)
 
 __all__: list[str] = []
 
@@ -59,10 +67,7 @@ def _sparse(config: Any, layer_idx: int, *, mode: str) -> nn.Module:
     Raises:
         OptionError: an option that it does not have.
     """
-    options = dict(getattr(config, "sparse", None) or {})
-    for name in options:
-        if name not in _SPARSE:
-            raise OptionError(f"sparse has no option {name!r}; it has {', '.join(_SPARSE)}")
+    options = _options(config, "sparse", _SPARSE)
     return SparseCausalAttention(
         config.hidden_size,
         config.num_attention_heads,
@@ -80,6 +85,52 @@ for _mode in ("hash", "drop"):
     mixer(f"{_mode}_sparse_attention", cache_type="full_attention", needs_rope=True, packing=True, padding=True)(
         partial(_sparse, mode=_mode)
     )
+
+_MLSTM = ("qk_ratio", "v_ratio", "gate_soft_cap", "input_gate", "normalize", "eps", "chunk_size", "igate_bias_init")
+_LIGHTNING = ("rotary_share", "silu", "norm_groups", "layerwise_decay")
+
+
+def _mlstm(config: Any, layer_idx: int, **defaults: Any) -> nn.Module:
+    """Reads `mlstm`, a dictionary of further arguments of MLSTMLayer, from the configuration.
+
+    Raises:
+        OptionError: an option that it does not have.
+    """
+    options = defaults | _options(config, "mlstm", _MLSTM)
+    return MLSTMLayer(
+        config.hidden_size, config.num_attention_heads, layer_idx=layer_idx, bias=config.attention_bias, **options
+    )
+
+
+def _lightning(config: Any, layer_idx: int, *, rope: bool) -> nn.Module:
+    """Reads `lightning`, a dictionary of further arguments of LightningAttention, from the configuration.
+
+    `layerwise_decay` (True) lets deeper layers forget more slowly.
+
+    Raises:
+        OptionError: an option that it does not have.
+    """
+    options = _options(config, "lightning", _LIGHTNING)
+    layers = config.num_hidden_layers if options.pop("layerwise_decay", True) else None
+    return LightningAttention(
+        config.hidden_size, config.num_attention_heads, head_dim=config.head_dim, layer_idx=layer_idx, num_layers=layers,
+        rope=rope, bias=config.attention_bias, **options,
+    )  # fmt: skip
+
+
+def _options(config: Any, key: str, known: tuple[str, ...]) -> dict[str, Any]:
+    options = dict(getattr(config, key, None) or {})
+    for name in options:
+        if name not in known:
+            raise OptionError(f"{key} has no option {name!r}; it has {', '.join(known)}")
+    return options
+
+
+_SIGMOID: dict[str, Any] = {"input_gate": "sigmoid", "normalize": False}
+mixer("mlstm", cache_type="linear_attention", packing=True, padding=True)(_mlstm)
+mixer("mlstm_sigmoid", cache_type="linear_attention", packing=True, padding=True)(partial(_mlstm, **_SIGMOID))
+for _name, _rope in (("lightning", True), ("lightning_nope", False)):
+    mixer(_name, cache_type="linear_attention", needs_rope=_rope, packing=True, padding=True)(partial(_lightning, rope=_rope))
 
 MLPS.register("swiglu", lambda config, _: SwiGLU(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))
 MLPS.register("mlp", lambda config, _: MLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias))

@@ -5,9 +5,12 @@ A mixer is a module called as `mixer(x, context, shared)`; `MixerContext` and `S
 
 from attnkit.modules.attention import GroupedAttention, SoftmaxAttention
 from attnkit.modules.entmax import AlphaSchedule, EntmaxAttention
+from attnkit.modules.lightning import LightningAttention
 from attnkit.modules.mixing import MixerContext, Shared
 from attnkit.modules.mlp import MLP, SwiGLU
+from attnkit.modules.mlstm import MLSTMLayer
 from attnkit.modules.norms import make_norm
+from attnkit.modules.recurrent import GroupNormGate
 from attnkit.modules.rotary import RotaryEmbedding, rotate
 from attnkit.modules.selection import Kept, LearnedDrop, LSHHasher, RandomDrop, Redrawn, TopKDrop
 from attnkit.modules.sparse_attention import SparseCausalAttention
@@ -16,7 +19,10 @@ __all__ = [
     "MLP",
     "AlphaSchedule",
     "EntmaxAttention",
+    "GroupNormGate",
     "GroupedAttention",
+    "LightningAttention",
+    "MLSTMLayer",
     "MixerContext",
     "RotaryEmbedding",
     "Shared",

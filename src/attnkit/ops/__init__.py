@@ -1,29 +1,32 @@
 """Functional operators on [B, T, H, D] tensors; packed sequences are [R, H, D] with cu_seqlens."""
 
+import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from attnkit._core.dispatch import Explanation, explain_choice
 from attnkit._core.errors import OptionError
-from attnkit._core.opspec import OPS
-from attnkit.ops.attention import spec as _attention
+from attnkit._core.opspec import OPS, OpSpec
+from attnkit.ops._chunkwise_core.layout import ChunkLayout
+from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
-from attnkit.ops.entmax.spec import SPEC as _ENTMAX
 from attnkit.ops.entmax_attention.api import EntmaxAttentionResult, entmax_attention
 from attnkit.ops.entmax_attention.sparsity import attention_sparsity
-from attnkit.ops.entmax_attention.spec import SPEC as _ENTMAX_ATTENTION
-from attnkit.ops.indexed import spec as _indexed
 from attnkit.ops.indexed.api import hash_sparse_attention, indexed_attention, qk_sparse_attention
 from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
-from attnkit.ops.merge import SPEC as _MERGE
 from attnkit.ops.merge import merge_partials
+from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
+from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
 
 __all__ = [
     "OPS",
+    "ChunkLayout",
     "EntmaxAttentionResult",
     "Occupancy",
+    "RecurrentState",
     "attention",
     "attention_sparsity",
     "entmax",
@@ -34,15 +37,41 @@ __all__ = [
     "explain",
     "hash_sparse_attention",
     "indexed_attention",
+    "lightning_attention",
+    "lightning_slopes",
     "merge_partials",
+    "mlstm",
+    "mlstm_parallel",
+    "mlstm_recurrent",
+    "mlstm_step",
     "occupancy",
     "qk_sparse_attention",
     "query_sparse_attention",
+    "scalar_decay_attention",
+    "scalar_decay_step",
     "sparsemax",
 ]
 
-for _spec in (*_attention.SPECS, _MERGE, *_indexed.SPECS, _ENTMAX, _ENTMAX_ATTENTION):
-    OPS.register(_spec.name, _spec)
+# specs are data for instruments, found where somebody asks for one: an operator that runs needs none
+_SPECS = {
+    "attention.spec": ("attention", "query_sparse_attention"),
+    "merge": ("merge_partials",),
+    "indexed.spec": ("indexed_attention", "qk_sparse_attention", "hash_sparse_attention"),
+    "entmax.spec": ("entmax",),
+    "entmax_attention.spec": ("entmax_attention",),
+    "mlstm.spec": ("mlstm",),
+    "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention"),
+}
+
+
+def _spec_of(module: str, name: str) -> OpSpec:
+    specs: tuple[OpSpec, ...] = importlib.import_module(f"attnkit.ops.{module}").SPECS
+    return next(spec for spec in specs if spec.name == name)
+
+
+for _module, _names in _SPECS.items():
+    for _operator in _names:
+        OPS.register_later(_operator, partial(_spec_of, _module, _operator))
 
 
 def explain(op: str | Callable[..., Any], *args: Any, backend: str = "auto", **kwargs: Any) -> Explanation:

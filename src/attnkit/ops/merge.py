@@ -13,7 +13,7 @@ from attnkit._core.invariance import alone, permuted, scaled
 from attnkit._core.library import define, define_gradient
 from attnkit._core.opspec import Case, OpSpec, Refusal
 
-__all__ = ["SPEC", "merge_partials"]
+__all__ = ["SPEC", "SPECS", "merge_partials"]
 
 
 @dataclass
@@ -192,3 +192,4 @@ SPEC = OpSpec(
     },
     refusals=(Refusal("P = 0", "there is nothing to merge"),),
 )
+SPECS = (SPEC,)

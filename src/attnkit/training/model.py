@@ -46,7 +46,8 @@ def new_model(
         heads: of attention.
         positions: tokens of the longest sequence.
         mixer: what every block mixes tokens with, a name of `attnkit.models.MIXERS`. The sparse ones take options of
-            `SparseCausalAttention`: "hash_sparse_attention:num_buckets=8:qk_shared=true".
+            `SparseCausalAttention`, mlstm and lightning those of `MLSTMLayer` and `LightningAttention`:
+            "hash_sparse_attention:num_buckets=8:qk_shared=true", "mlstm:igate_bias_init=0".
         seed: of the weights.
     Raises:
         OptionError: an unknown mixer, or sizes that do not fit.
@@ -55,9 +56,10 @@ def new_model(
 
     mixer, *given = mixer.split(":")
     MIXERS[mixer]  # names the ones there are
-    if given and not mixer.endswith("_sparse_attention"):
+    key = "sparse" if mixer.endswith("_sparse_attention") else mixer.partition("_")[0]
+    if given and key not in ("sparse", "mlstm", "lightning"):
         raise OptionError(f"mixer {mixer!r} takes no options; got {', '.join(given)}")
-    sparse: dict[str, Any] = {"sparse": dict(map(_option, given))} if given else {}
+    options: dict[str, Any] = {key: dict(map(_option, given))} if given else {}
     if dim % heads:
         raise OptionError(f"dim={dim} is no multiple of heads={heads}; choose sizes that divide")
     multiple = 16 if dim < 512 else 128
@@ -70,7 +72,7 @@ def new_model(
         max_position_embeddings=positions,
         mixer_types=[mixer] * layers,
         tie_word_embeddings=vocab_size > 4 * dim,  # a large table would be most of a small model
-        **sparse,
+        **options,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

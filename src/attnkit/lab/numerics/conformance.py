@@ -87,7 +87,7 @@ def check(
     with _full_precision():
         oracle = _evaluate(spec, spec.oracle, high, case)
         naive = _evaluate(spec, spec.naive, low, case)
-        scale = spec.row_scale(**high).cpu() if spec.row_scale else oracle[first]
+        scale = spec.row_scale(**spec.arguments(high)).cpu() if spec.row_scale else oracle[first]
         for name, function in _operators(spec, low | _leaves(low, case), backends, operator):
             subject = Subject(spec, case, dtype, name)
             results = _evaluate(spec, function, low, case)
@@ -188,7 +188,11 @@ def _operators(
     disabled = settings().disable
     for backend in spec.backends:
         wanted = only is None or backend.name in only
-        if wanted and f"{spec.name}.{backend.name}" not in disabled and not backend.refuses(spec.prepare(**inputs)):
+        if (
+            wanted
+            and f"{spec.name}.{backend.name}" not in disabled
+            and not backend.refuses(spec.prepare(**spec.arguments(inputs)))
+        ):
             yield backend.name, lambda name=backend.name, **kwargs: spec.function(**kwargs, backend=name)
 
 
@@ -196,8 +200,7 @@ def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case) -
     """Outputs, and gradients of a fixed random weighting of all outputs."""
     generator = torch.Generator().manual_seed(1)
     leaves = _leaves(inputs, case)
-    outputs = function(**inputs | leaves)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = _tensors(function(**spec.arguments(inputs | leaves)))
     results = {name: output.detach().double().cpu() for name, output in zip(spec.outputs, outputs, strict=False)}
     if leaves:
         loss = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
@@ -207,6 +210,13 @@ def _evaluate(spec: OpSpec, function: Run, inputs: dict[str, Any], case: Case) -
         grads = torch.autograd.grad(loss, list(leaves.values()))
         results |= {f"d_{name}": grad.double().cpu() for name, grad in zip(leaves, grads, strict=True)}
     return results
+
+
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    """What an operator returns, tensor by tensor; what is not there is left out."""
+    if isinstance(outputs, tuple):
+        return tuple(tensor for part in outputs for tensor in _tensors(part))
+    return () if outputs is None else (outputs,)
 
 
 def _leaves(inputs: dict[str, Any], case: Case) -> dict[str, Tensor]:

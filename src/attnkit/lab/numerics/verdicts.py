@@ -75,7 +75,7 @@ def judge(subject: Subject, key: str, got: Tensor, oracle: Tensor, naive: Tensor
         return make(0.0, 0.0, 0.0)
     gradient = key.startswith("d_")
     factor, ulps = (budget.backward, budget.backward_ulps) if gradient else (budget.forward, budget.ulps)
-    wide = key in ("lse", *(f"d_{name}" for name in case.fixed))
+    wide = key in (*subject.spec.wide, *(f"d_{name}" for name in case.fixed))
     kept = torch.promote_types(subject.dtype, torch.float32) if wide else subject.dtype
     slack = ulps * torch.finfo(kept).eps / 2 * float(oracle[finite].abs().max())
     error, reference = (got - oracle)[finite], (naive - oracle)[finite]

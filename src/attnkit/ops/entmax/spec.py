@@ -14,7 +14,7 @@ from attnkit.ops.entmax.backends import BACKENDS
 from attnkit.ops.entmax.call import prepare
 from attnkit.ops.entmax.reference import dense_entmax
 
-__all__ = ["SPEC"]
+__all__ = ["SPEC", "SPECS"]
 
 Make = Callable[[torch.Generator], dict[str, Any]]
 
@@ -119,3 +119,4 @@ SPEC = OpSpec(
         Refusal("a backward pass of the backward pass", "gradients are first order"),
     ),
 )
+SPECS = (SPEC,)

@@ -16,7 +16,7 @@ from attnkit.ops.entmax_attention.call import prepare
 from attnkit.ops.entmax_attention.cases import CASES
 from attnkit.ops.entmax_attention.reference import reference
 
-__all__ = ["SPEC"]
+__all__ = ["SPEC", "SPECS"]
 
 
 def _outputs(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
@@ -84,3 +84,4 @@ SPEC = OpSpec(
     ),
     budget=BUDGET,
 )
+SPECS = (SPEC,)
