@@ -53,9 +53,9 @@ def test_scores_are_as_sparse_as_they_are_called() -> None:
     assert empty_tiles(shape(2048, "empty80", dtype=torch.bfloat16)) == pytest.approx(0.8, abs=0.06)
     assert empty_tiles(shape(512)) < 0.05
     flat = ATTENTION.facts(shape(512, "flat"), ATTENTION.draw(shape(512, "flat"), seed=0))  # type: ignore[misc]
-    assert flat.numbers["empty_tiles"] == 0
-    assert flat.numbers["zeros"] < 0.01
-    assert flat.numbers["support"] > 0.99 * 513 / 2
+    assert flat["empty_tiles"] == 0
+    assert flat["zeros"] < 0.01
+    assert flat["support"] > 0.99 * 513 / 2
 
 
 def test_gaussian_scores_have_the_variance_that_is_promised() -> None:
