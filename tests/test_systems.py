@@ -95,6 +95,7 @@ def test_markdown_has_a_row_a_system() -> None:
 
 def test_readme_agrees() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count(systems.BEGIN) == readme.count(systems.END) == 1
     assert systems.in_readme(readme) == systems.markdown(systems.load()), (
         "run `attnkit systems --markdown` and paste its output"
     )

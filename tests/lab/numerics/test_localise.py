@@ -14,6 +14,8 @@ from attnkit import ops, report
 from attnkit._core.errors import InputError, OptionError, UnsupportedError
 from attnkit._core.events import Event
 from attnkit.lab.numerics import BF16, SitePolicy, emulated_attention, golden_attention, localise
+from attnkit.lab.numerics.localiser import changed
+from attnkit.modules import SoftmaxAttention
 from attnkit.ops import attention
 
 
@@ -84,3 +86,11 @@ def test_tiles_that_a_row_does_not_see_move_no_maximum(top: float) -> None:
     torch.testing.assert_close(rounded, golden, rtol=0.05, atol=0.05)
     kernel: Any = ops.attention(q, k, v, causal=True, stable="dynamic_max", backend="triton")
     torch.testing.assert_close(kernel.double(), golden, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_are_changed_for_a_while() -> None:
+    layer = SoftmaxAttention(32, 2, rope=False)
+    before = layer.operator
+    with pytest.raises(ZeroDivisionError), changed({"a": layer}, {"a": lambda operator: lambda *args, **options: 1 / 0}):
+        layer(torch.randn(1, 3, 32))
+    assert layer.operator is before
