@@ -75,9 +75,10 @@ class Launch:
             self.flipped = False
         self.scale = max(self.scale, _TINY)
         self.q, self.k, self.v = (t if t.stride(-1) == 1 else t.contiguous() for t in (self.q, self.k, self.v))
-        for name in ("sinks", "cu_q", "cu_k", "q_pos", "q_rows", "k_rows"):  # kernels read these without strides
-            small = getattr(self, name)
-            setattr(self, name, None if small is None else small.contiguous())
+        small = (self.sinks, self.cu_q, self.cu_k, self.q_pos, self.q_rows, self.k_rows)  # kernels read these without strides
+        self.sinks, self.cu_q, self.cu_k, self.q_pos, self.q_rows, self.k_rows = (
+            None if t is None else t.contiguous() for t in small
+        )
         self.batch, self.num_q, self.heads, self.width = self.q.shape
         _, self.num_k, self.kv_heads, self.width_v = self.v.shape
         self.group = self.heads // self.kv_heads
@@ -126,8 +127,8 @@ class Launch:
         if self.q_rows is not None and kernel is not kb.bwd_dkdv:
             stages = 2 * stages - 1  # an index is fetched as long before its row as the row before its use
         options = {"num_warps": config.num_warps, "num_stages": stages}
-        narrow = max(self.block_d, self.block_dv) <= 64 and self.q.element_size() == 2
-        if self.norm != "softmax" and kernel is kf.fwd and self.q.is_cuda and narrow:
+        capped = self.norm != "softmax" and kernel is kf.fwd and self.q.is_cuda and self.q.element_size() == 2
+        if capped and max(self.block_d, self.block_dv) <= 64:
             options["maxnreg"] = _ENTMAX_REGISTERS
         launch(kernel, grid, arguments, shared | flags, **options)
 
@@ -189,10 +190,12 @@ def _row_tiles(p: Launch) -> tuple[Config, int, int, int]:
 
 def lists_shape(p: Launch) -> tuple[int, int] | None:
     """Of entmax's lists of tiles of keys: one for every tile of rows, after its length. None where no lists are made."""
+    if p.norm == "softmax" or p.left >= 0 or p.cu_q is not None or p.q_pos is not None:
+        return None
     config, _, group, tiles = _row_tiles(p)
     few = p.num_q <= _DECODE_ROWS  # the backward pass has other tiles than a decoder's step
     wide = max(p.block_d, p.block_dv) > _LISTED_WIDTH  # and cannot have the forward pass's there
-    if p.norm == "softmax" or few or wide or group > 1 or p.left >= 0 or p.cu_q is not None or p.q_pos is not None:
+    if few or wide or group > 1:
         return None
     return tiles * p.heads * p.batch, 1 + _cdiv(p.num_k, config.block_n)
 
