@@ -10,22 +10,14 @@ from torch import Tensor
 
 from attnkit._core.errors import PolicyError, ShapeError, UnsupportedError
 from attnkit.inference import compat
+from attnkit.inference.asked import forms_of, refuse_arguments
 from attnkit.inference.call import LayerCall, Padding
-from attnkit.inference.masks import Form, recognise
+from attnkit.inference.masks import Form
 from attnkit.inference.policy import Policy
 from attnkit.inference.rope import RopeSpec
 from attnkit.kv.layers import PositionedLayer
 
 __all__ = ["Bridge"]
-
-# arguments that change what attention means and that no policy honours; transformers passes the rest for other functions
-REFUSED_ARGUMENTS = {
-    "cu_seq_lens_q": "packed sequences",
-    "cu_seq_lens_k": "packed sequences",
-    "seq_idx": "packed sequences",
-    "position_bias": "a bias for each pair of positions",
-    "output_attentions": "returning attention weights",
-}
 
 
 class _Forward(threading.local):
@@ -96,18 +88,11 @@ class Bridge:
         Raises:
             UnsupportedError: the mask is not one that `masks.Form` can express.
         """
-        if compat.is_plain_causal(mask_function):
-            self._forward.forms.add(Form(causal=True))
-        else:
-            first, start = int(q_offset), int(kv_offset)
-            self._forward.forms |= recognise(
-                mask_function,
-                batch=batch_size,
-                queries=range(first, first + q_length),
-                keys=range(start, start + kv_length),
-                window=getattr(config, "sliding_window", None),
-                device=torch.device(device),
-            )
+        first, start = int(q_offset), int(kv_offset)
+        queries, keys = range(first, first + q_length), range(start, start + kv_length)
+        self._forward.forms |= forms_of(
+            mask_function, batch=batch_size, queries=queries, keys=keys, config=config, device=device
+        )
         return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
 
     def attention(
@@ -139,9 +124,7 @@ class Bridge:
             )
         if dropout:
             raise PolicyError(f"attention dropout {dropout} is on; policies are for inference, call model.eval() first")
-        for name, meaning in REFUSED_ARGUMENTS.items():
-            if kwargs.get(name) is not None and kwargs[name] is not False:
-                raise UnsupportedError(f"{name}: attnkit policies do not support {meaning}; leave it out")
+        refuse_arguments(kwargs, "attnkit policies do")
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         self._check_form(Form(causal=causal, window=sliding_window))
         layer, seen = self._layer(module, key)

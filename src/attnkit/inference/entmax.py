@@ -10,8 +10,8 @@ from attnkit import ops
 from attnkit._core.checks import accumulator_dtype
 from attnkit._core.errors import UnsupportedError
 from attnkit.inference import compat
-from attnkit.inference.bridge import REFUSED_ARGUMENTS
-from attnkit.inference.masks import Form, recognise
+from attnkit.inference.asked import forms_of, refuse_arguments
+from attnkit.inference.masks import Form
 
 __all__ = ["register_entmax"]
 
@@ -68,17 +68,8 @@ def _mask(
 ) -> Tensor:
     """Called by transformers in place of building a mask: which keys are real, [B, S] bool, never None."""
     first, start = int(q_offset), int(kv_offset)
-    if compat.is_plain_causal(mask_function):
-        forms = {Form(causal=True)}
-    else:
-        forms = recognise(
-            mask_function,
-            batch=batch_size,
-            queries=range(first, first + q_length),
-            keys=range(start, start + kv_length),
-            window=getattr(config, "sliding_window", None),
-            device=torch.device(device),
-        )
+    queries, keys = range(first, first + q_length), range(start, start + kv_length)
+    forms = forms_of(mask_function, batch=batch_size, queries=queries, keys=keys, config=config, device=device)
     if Form(causal=False) not in forms and first + q_length != start + kv_length:
         raise UnsupportedError(
             f"the last query stands at {first + q_length - 1} and the last key at {start + kv_length - 1}: a static cache, "
@@ -116,9 +107,7 @@ def _attention(
         )
     if s_aux is not None:
         raise UnsupportedError("s_aux: sinks are logits of a softmax; entmax attention has none")
-    for name, meaning in REFUSED_ARGUMENTS.items():
-        if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise UnsupportedError(f"{name}: entmax attention in transformers does not support {meaning}; leave it out")
+    refuse_arguments(kwargs, "entmax attention in transformers does")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     bias = _key_bias(attention_mask, Form(causal=causal, window=sliding_window), key)
     window = None if sliding_window is None else (sliding_window - 1, 0 if causal else sliding_window - 1)

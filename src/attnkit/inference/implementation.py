@@ -7,9 +7,9 @@ from torch import Tensor
 
 from attnkit._core.errors import PolicyError, ShapeError, UnsupportedError
 from attnkit.inference import compat
-from attnkit.inference.bridge import REFUSED_ARGUMENTS
+from attnkit.inference.asked import forms_of, refuse_arguments
 from attnkit.inference.call import LayerCall, Padding
-from attnkit.inference.masks import Form, recognise
+from attnkit.inference.masks import Form
 from attnkit.inference.prefill.hashed import Hashed
 
 __all__ = ["register_hash_attention"]
@@ -61,15 +61,11 @@ class _Implementation:
             UnsupportedError: a static cache, or a mask that is neither causal nor the model's sliding window.
         """
         first, start = int(q_offset), int(kv_offset)
-        window = getattr(config, "sliding_window", None)
-        if not compat.is_plain_causal(mask_function):
-            queries, keys = range(first, first + q_length), range(start, start + kv_length)
-            forms = recognise(
-                mask_function, batch=batch_size, queries=queries, keys=keys, window=window, device=torch.device(device)
-            )
-            if not forms & {Form(causal=True), Form(causal=True, window=window)}:
-                raise UnsupportedError("the model attends in both directions; hash attention is causal")
-        elif start + kv_length != first + q_length:
+        queries, keys = range(first, first + q_length), range(start, start + kv_length)
+        forms = forms_of(mask_function, batch=batch_size, queries=queries, keys=keys, config=config, device=device)
+        if forms == {Form(causal=False)}:
+            raise UnsupportedError("the model attends in both directions; hash attention is causal")
+        if compat.is_plain_causal(mask_function) and start + kv_length != first + q_length:
             raise UnsupportedError("a static cache holds more keys than tokens were seen; hash attention needs a dynamic one")
         return None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
 
@@ -97,9 +93,7 @@ class _Implementation:
         """
         if dropout:
             raise PolicyError(f"attention dropout {dropout} is on, which hash attention does not have; set it to 0")
-        for argument, meaning in REFUSED_ARGUMENTS.items():
-            if kwargs.get(argument) is not None and kwargs[argument] is not False:
-                raise UnsupportedError(f"{argument}: hash attention does not support {meaning}; leave it out")
+        refuse_arguments(kwargs, "hash attention does")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
         if attention_mask is not None and attention_mask.shape[1:] != k.shape[1:2]:
             raise ShapeError(f"attention_mask has shape {tuple(attention_mask.shape)}; hash attention takes [B, {k.shape[1]}]")

@@ -89,11 +89,7 @@ class GroupedAttention(nn.Module):
         """
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in project(x, self.q_proj, self.k_proj, self.v_proj))
         if self.rope:
-            if context.rope is None:
-                raise OptionError(
-                    "context.rope is missing; give RotaryEmbedding(head_dim)(positions), or build with rope=False"
-                )
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+            q, k = rotate(q, *context.angles()), rotate(k, *context.angles())
         if context.cache is not None:  # caches keep [B, Hkv, S, D]
             k, v = (t.transpose(1, 2) for t in context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))
         out: Tensor = self.o_proj(self._attend(q, k, v, context).flatten(-2))

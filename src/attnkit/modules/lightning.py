@@ -110,9 +110,7 @@ class LightningAttention(nn.Module):
     def _turned(self, x: Tensor, context: MixerContext) -> Tensor:
         if not self.rope:
             return x
-        if context.rope is None:
-            raise OptionError("context.rope is missing; give RotaryEmbedding(head_dim)(positions), or build with rope=False")
-        cos, sin = (t[..., :: self.rotary_step] for t in context.rope)
+        cos, sin = (t[..., :: self.rotary_step] for t in context.angles())
         width = 2 * cos.shape[-1]
         return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], -1)
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnkit._core.errors import OptionError
+
 __all__ = ["MixerContext", "Shared"]
 
 
@@ -43,6 +45,16 @@ class MixerContext:
     rope: tuple[Tensor, Tensor] | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int | None = None
+
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """`rope`, for a layer that rotates.
+
+        Raises:
+            OptionError: there is none.
+        """
+        if self.rope is None:
+            raise OptionError("context.rope is missing; give RotaryEmbedding(head_dim)(positions), or build with rope=False")
+        return self.rope
 
     def read_state(self, layer_idx: int) -> Tensor | None:
         """The recurrent state that `write_state` left at a layer, or None at the beginning of a sequence."""

@@ -105,11 +105,7 @@ class SparseCausalAttention(nn.Module):
         if self.temperature is not None:
             q = q * self.temperature.to(q.dtype)[:, None]
         if self.rope:
-            if context.rope is None:
-                raise OptionError(
-                    "context.rope is missing; give RotaryEmbedding(head_dim)(positions), or build with rope=False"
-                )
-            q, k = rotate(q, *context.rope), rotate(k, *context.rope)
+            q, k = rotate(q, *context.angles()), rotate(k, *context.angles())
         if context.cache is not None:  # caches keep [B, Hkv, S, D]
             k = k if marks is None else torch.cat([k, marks.to(k.dtype)], dim=-1)
             k, v = (t.transpose(1, 2) for t in context.cache.update(k.transpose(1, 2), v.transpose(1, 2), self.layer_idx))

@@ -20,6 +20,7 @@ from attnkit._core.opspec import Case
 from attnkit.cli import main
 from attnkit.lab import bench
 from attnkit.lab.bench import RACES, Shape
+from attnkit.lab.bench.attention import few_heads
 from attnkit.lab.bench.race import contestants
 from attnkit.lab.numerics import conformance
 
@@ -128,6 +129,12 @@ def test_a_race_says_what_could_be_gained_and_what_sorting_costs(op: str, vary: 
     assert facts["ideal_by_tiles"] == pytest.approx(1 / facts["tile_share"])
     assert facts["density"] < facts["tile_share"]  # tiles waste some
     assert facts["sort_ms"] > 0
+
+
+def test_conformance_is_judged_on_few_heads_of_a_short_sequence() -> None:
+    sizes = {"B": 4, "T": 16384, "H": 48, "Hkv": 24, "D": 64}
+    assert few_heads(8)(sizes) == {"B": 1, "T": 256, "H": 16, "Hkv": 8, "D": 64}
+    assert few_heads(8)({"B": 1, "T": 100, "H": 6, "Hkv": 6, "D": 16}) == {"B": 1, "T": 100, "H": 6, "Hkv": 6, "D": 16}
 
 
 def test_values_come_from_the_command_line(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from attnkit._core.registry import Registry
 from attnkit.lab.bench.race import MEMORY_BOUND, Operator, Peer, Race, Shape, Sizes
 
-__all__ = ["BACKWARD_FACTOR", "RACE", "dense_baselines"]
+__all__ = ["RACE", "causal_flops", "dense_baselines", "few_heads", "rows_traffic", "sizes"]
 
 KV_TENSORS = 2
 BACKWARD_FACTOR = 3.5  # five products of the backward pass and two of the forward pass, over two
 
 
-def _sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: int) -> Sizes:
+def sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: int) -> Sizes:
+    """B, T (and S, where T is one token), H, Hkv, D."""
     rows = {"T": 1, "S": length} if step in MEMORY_BOUND else {"T": length}
     return {"B": batch, **rows, "H": heads[0], "Hkv": heads[1], "D": width}
 
@@ -39,7 +40,19 @@ def _reduced(sizes: Sizes) -> Sizes:
     return {name: min(size, limits.get(name, size)) for name, size in sizes.items()}
 
 
-def _flops(shape: Shape) -> float:
+def few_heads(most: int) -> Callable[[Sizes], Sizes]:
+    """Reduced sizes of a race that keeps no more key heads than that, and their groups; one sequence of 256 tokens at most."""
+
+    def reduced(sizes: Sizes) -> Sizes:
+        kv_heads = min(sizes["Hkv"], most)
+        heads = min(sizes["H"], most * (sizes["H"] // max(sizes["Hkv"], 1)))
+        return dict(sizes) | {"B": min(sizes["B"], 1), "T": min(sizes["T"], 256), "H": heads, "Hkv": kv_heads}
+
+    return reduced
+
+
+def causal_flops(shape: Shape) -> float:
+    """Those of dense causal attention, whatever is skipped: a number for comparing."""
     sizes = shape.sizes
     rows = sizes["B"] * sizes["H"] * sizes["T"]
     pairs = rows * sizes["S"] if "S" in sizes else rows * sizes["T"] / 2
@@ -50,6 +63,12 @@ def _traffic(shape: Shape) -> float:
     sizes = shape.sizes
     keys = sizes["B"] * sizes.get("S", sizes["T"]) * sizes["Hkv"]
     return KV_TENSORS * keys * sizes["D"] * shape.dtype.itemsize
+
+
+def rows_traffic(shape: Shape) -> float:
+    """Bytes of q, k, v and the output."""
+    sizes = shape.sizes
+    return 2 * sizes["B"] * sizes["T"] * (sizes["H"] + sizes["Hkv"]) * sizes["D"] * shape.dtype.itemsize
 
 
 def _sixteen_bits(shape: Shape) -> list[str]:
@@ -147,10 +166,10 @@ RACE = Race(
     lengths={"cuda": (4096, 8192, 16384, 32768), "cpu": (256, 512, 1024)},
     dims=(64, 128),
     heads=(32, 8),
-    sizes=_sizes,
+    sizes=sizes,
     inputs=_inputs,
     reduced=_reduced,
     grads=("q", "k", "v"),
-    flops=_flops,
+    flops=causal_flops,
     traffic=_traffic,
 )

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from attnkit import ops
 from attnkit._core.registry import Registry
-from attnkit.lab.bench.attention import BACKWARD_FACTOR, dense_baselines
+from attnkit.lab.bench.attention import causal_flops, dense_baselines, few_heads, rows_traffic, sizes
 from attnkit.lab.bench.entmax import alpha_axis, choice, package_entmax
 from attnkit.lab.bench.inputs import normal
-from attnkit.lab.bench.race import Axis, Facts, Operator, Peer, Race, Shape, Sizes
+from attnkit.lab.bench.race import Axis, Facts, Operator, Peer, Race, Shape
 from attnkit.lab.bench.scores import REGIMES, structured
 
 __all__ = ["RACE"]
@@ -20,10 +20,6 @@ __all__ = ["RACE"]
 _LONGEST_MATRIX = 4096  # tokens up to which somebody would write scores down
 _LONGEST_LOOPS = 4096  # tokens up to which our loops in plain torch are worth waiting for on a GPU
 _MEASURED_HEADS = 2
-
-
-def _sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: int) -> Sizes:
-    return {"B": batch, "T": length, "H": heads[0], "Hkv": heads[1], "D": width}
 
 
 def _inputs(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
@@ -34,25 +30,6 @@ def _inputs(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
     v = normal(keys, generator, shape.dtype)
     tensors = {name: t.transpose(1, 2) for name, t in {"q": q, "k": k, "v": v}.items()}
     return tensors | {"causal": True, "alpha": alpha}
-
-
-def _reduced(sizes: Sizes) -> Sizes:
-    limits = {"B": 1, "T": 256}
-    group = sizes["H"] // max(sizes["Hkv"], 1)
-    few = {"Hkv": min(sizes["Hkv"], 4), "H": min(sizes["H"], 4 * group)}
-    return {name: min(size, limits.get(name, size)) for name, size in sizes.items()} | few
-
-
-def _flops(shape: Shape) -> float:
-    """Those of dense attention, whatever is skipped: a number for comparing."""
-    sizes = shape.sizes
-    pairs = sizes["B"] * sizes["H"] * sizes["T"] ** 2 / 2
-    return 4 * sizes["D"] * pairs * (BACKWARD_FACTOR if shape.trains else 1)
-
-
-def _traffic(shape: Shape) -> float:
-    sizes = shape.sizes
-    return 2 * sizes["B"] * sizes["T"] * (sizes["H"] + sizes["Hkv"]) * sizes["D"] * shape.dtype.itemsize
 
 
 def _facts(shape: Shape, inputs: dict[str, Any]) -> Facts:
@@ -157,12 +134,12 @@ RACE = Race(
     lengths={"cuda": (2048, 8192, 32768), "cpu": (256, 512, 1024)},
     dims=(64,),
     heads=(16, 16),
-    sizes=_sizes,
+    sizes=sizes,
     inputs=_inputs,
-    reduced=_reduced,
+    reduced=few_heads(4),
     grads=("q", "k", "v"),
-    flops=_flops,
-    traffic=_traffic,
+    flops=causal_flops,
+    traffic=rows_traffic,
     axes={
         "scores": Axis("what scores look like", ("gauss", "empty60", "empty95", "flat"), choice(REGIMES)),
         "alpha": alpha_axis(),

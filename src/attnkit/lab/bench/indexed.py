@@ -15,20 +15,16 @@ import torch
 from attnkit import ops
 from attnkit._core.opspec import OPS
 from attnkit._core.registry import Registry
-from attnkit.lab.bench.attention import BACKWARD_FACTOR, dense_baselines
+from attnkit.lab.bench.attention import causal_flops, dense_baselines, few_heads, rows_traffic, sizes
 from attnkit.lab.bench.indexed_peers import HASH_PEERS, QK_PEERS
 from attnkit.lab.bench.inputs import normal
-from attnkit.lab.bench.race import Axis, Facts, Peer, Race, Shape, Sizes
+from attnkit.lab.bench.race import Axis, Facts, Peer, Race, Shape
 from attnkit.lab.bench.timing import elapsed
 from attnkit.ops.indexed.rows import order_rows
 
 __all__ = ["HASH_RACE", "QK_RACE"]
 
 _TIMED = 5  # measurements of sorting
-
-
-def _sizes(step: str, length: int, width: int, heads: tuple[int, int], batch: int) -> Sizes:
-    return {"B": batch, "T": length, "H": heads[0], "Hkv": heads[1], "D": width}
 
 
 def _tensors(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
@@ -64,27 +60,6 @@ def _qk_inputs(shape: Shape, generator: torch.Generator) -> dict[str, Any]:
         for name in "qk"
     }
     return tensors | kept
-
-
-def _reduced(sizes: Sizes) -> Sizes:
-    limits = {"B": 1, "T": 256}
-    group = sizes["H"] // sizes["Hkv"] if sizes["Hkv"] else 1
-    few = {"Hkv": min(sizes["Hkv"], 8), "H": min(sizes["H"], 8 * group)}
-    return {name: min(size, limits.get(name, size)) for name, size in sizes.items()} | few
-
-
-def _flops(density: Callable[[Shape], float]) -> Callable[[Shape], float]:
-    def flops(shape: Shape) -> float:
-        sizes = shape.sizes
-        pairs = sizes["B"] * sizes["H"] * sizes["T"] ** 2 / 2 * density(shape)
-        return 4 * sizes["D"] * pairs * (BACKWARD_FACTOR if shape.trains else 1)
-
-    return flops
-
-
-def _traffic(shape: Shape) -> float:
-    sizes = shape.sizes
-    return 2 * sizes["B"] * sizes["T"] * (sizes["H"] + sizes["Hkv"]) * sizes["D"] * shape.dtype.itemsize
 
 
 def _facts(op: str) -> Callable[[Shape, dict[str, Any]], Facts]:
@@ -144,12 +119,12 @@ def _race(
         lengths={"cuda": (4096, 16384, 65536), "cpu": (512, 1024, 2048)},
         dims=(64,),
         heads=(48, 48),
-        sizes=_sizes,
+        sizes=sizes,
         inputs=inputs,
-        reduced=_reduced,
+        reduced=few_heads(8),
         grads=("q", "k", "v"),
-        flops=_flops(density),
-        traffic=_traffic,
+        flops=lambda shape: causal_flops(shape) * density(shape),
+        traffic=rows_traffic,
         axes=axes,
         batch={"cuda": 4},
         facts=_facts(op),

@@ -12,6 +12,7 @@ from attnkit.lab.claims.claim import Cell, Claim, Conclusion, Row, Verdict
 from attnkit.lab.claims.figures import heat, lines, table
 from attnkit.lab.claims.language import LanguageSettings, mean_of, read, train_arm
 from attnkit.lab.claims.place import Place
+from attnkit.lab.numerics.localiser import changed
 from attnkit.modules import EntmaxAttention
 
 if TYPE_CHECKING:
@@ -55,9 +56,8 @@ def sparsity(model: Any, data: "TextData", length: int, precision: str) -> Row:
     Returns:
         `element` and `tile` [layers][heads], see `attnkit.ops.attention_sparsity`; `support` [layers][heads], keys of a row.
     """
-    layers = [part for part in model.modules() if isinstance(part, EntmaxAttention)]
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, EntmaxAttention)}
     found: list[dict[str, list[float]]] = []
-    before = [layer.operator for layer in layers]
 
     def watched(operator: Callable[..., Any]) -> Callable[..., Tensor]:
         def call(*args: Any, **options: Any) -> Tensor:
@@ -68,13 +68,8 @@ def sparsity(model: Any, data: "TextData", length: int, precision: str) -> Row:
 
         return call
 
-    try:
-        for layer in layers:
-            layer.operator = watched(layer.operator)
+    with changed(layers, dict.fromkeys(layers, watched)):
         read(model, data, length, precision)
-    finally:
-        for layer, operator in zip(layers, before, strict=True):
-            layer.operator = operator
     return {name: [entry[name] for entry in found] for name in ("element", "tile", "support")}
 
 

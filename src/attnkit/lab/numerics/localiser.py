@@ -16,7 +16,7 @@ from attnkit._core.events import Event
 from attnkit.lab.numerics.probe import RoundingBiasProbe
 from attnkit.lab.numerics.track import Track
 from attnkit.lab.numerics.watch import Watch, attention_layers
-from attnkit.modules import SoftmaxAttention
+from attnkit.modules import GroupedAttention, SoftmaxAttention
 
 __all__ = ["SCHEMA", "changed", "localise"]
 
@@ -84,7 +84,7 @@ def localise(
 
 
 @contextmanager
-def changed(layers: Mapping[str, SoftmaxAttention], changes: Mapping[str, Callable[[Operator], Operator]]) -> Iterator[None]:
+def changed(layers: Mapping[str, GroupedAttention], changes: Mapping[str, Callable[[Operator], Operator]]) -> Iterator[None]:
     """Layers with something around their operators.
 
     Args:

@@ -13,7 +13,7 @@ from attnkit._core.triton import HAS_TRITON, interpreted
 from attnkit.ops.attention import flash4
 from attnkit.ops.attention._register import run_blockwise, run_fa4, run_triton
 from attnkit.ops.attention.call import AttentionCall, CoreCall
-from attnkit.ops.attention.reference import MAX_PAIRS, reference
+from attnkit.ops.attention.reference import reference, reference_refuses
 
 __all__ = ["BACKENDS", "triton_avoids", "triton_refuses"]
 
@@ -176,16 +176,11 @@ def _torch(call: AttentionCall) -> Result:
     return out, lse
 
 
-def _reference_refuses(call: AttentionCall) -> list[str]:
-    pairs = call.q.shape[-3] * call.k.shape[-3]
-    return [f"{pairs} scores a head; it writes them all down and stops at {MAX_PAIRS}"] if pairs > MAX_PAIRS else []
-
-
 BACKENDS: tuple[Backend[AttentionCall], ...] = (
     Backend("fa4", _fa4, flash4.refuses, _few_rows),
     Backend("cudnn", _cudnn, _cudnn_refuses, _few_rows),
     Backend("sdpa", _flash, _flash_refuses, _flash_avoids),
     Backend("triton", _triton, triton_refuses, triton_avoids),
     Backend("torch", _torch, lambda call: []),
-    Backend("reference", reference, _reference_refuses, avoids=only_when_named),
+    Backend("reference", reference, reference_refuses, avoids=only_when_named),
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 from attnkit._core.checks import accumulator_dtype
 from attnkit.ops.attention.call import AttentionCall, CoreCall
 
-__all__ = ["MAX_PAIRS", "dense_scores", "reference"]
+__all__ = ["MAX_PAIRS", "dense_scores", "reference", "reference_refuses"]
 
 MAX_PAIRS = 4096 * 4096
 
@@ -30,6 +30,12 @@ def reference(call: AttentionCall) -> tuple[Tensor, Tensor]:
     out = prob.to(call.q.dtype).to(acc) @ values
     out, lse = out.transpose(1, 2).to(call.out_dtype), lse.masked_fill(empty, -torch.inf)[..., 0].transpose(1, 2)
     return (out[0], lse[0]) if packed else (out, lse)
+
+
+def reference_refuses(call: CoreCall) -> list[str]:
+    """What is too long to be written down, here and by other operators on the core."""
+    pairs = call.q.shape[-3] * call.k.shape[-3]
+    return [f"{pairs} scores a head; it writes them all down and stops at {MAX_PAIRS}"] if pairs > MAX_PAIRS else []
 
 
 def dense_scores(call: CoreCall) -> tuple[Tensor, Tensor]:

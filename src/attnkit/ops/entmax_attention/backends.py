@@ -7,7 +7,7 @@ from torch import Tensor
 from attnkit._core.dispatch import Backend, only_when_named
 from attnkit.ops.attention.api import attention
 from attnkit.ops.attention.backends import triton_avoids, triton_refuses
-from attnkit.ops.attention.reference import MAX_PAIRS
+from attnkit.ops.attention.reference import reference_refuses
 from attnkit.ops.entmax_attention._register import run_blockwise, run_triton
 from attnkit.ops.entmax_attention.call import EntmaxAttentionCall
 from attnkit.ops.entmax_attention.reference import reference
@@ -65,14 +65,9 @@ def _torch(call: EntmaxAttentionCall) -> Result:
     return out, tau
 
 
-def _reference_refuses(call: EntmaxAttentionCall) -> list[str]:
-    pairs = call.q.shape[-3] * call.k.shape[-3]
-    return [f"{pairs} scores a head; it writes them all down and stops at {MAX_PAIRS}"] if pairs > MAX_PAIRS else []
-
-
 BACKENDS: tuple[Backend[EntmaxAttentionCall], ...] = (
     Backend("softmax", _softmax, lambda call: [] if _is_softmax(call) else ["alpha other than 1"]),
     Backend("triton", _triton, _triton_refuses, triton_avoids),
     Backend("torch", _torch, _not_softmax),
-    Backend("reference", reference, _reference_refuses, avoids=only_when_named),
+    Backend("reference", reference, reference_refuses, avoids=only_when_named),
 )

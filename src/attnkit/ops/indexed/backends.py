@@ -11,7 +11,7 @@ from attnkit._core.dispatch import Backend, only_when_named
 from attnkit.ops.attention.backends import BACKENDS as ATTENTION
 from attnkit.ops.attention.backends import triton_avoids, triton_refuses
 from attnkit.ops.attention.call import AttentionCall
-from attnkit.ops.attention.reference import MAX_PAIRS
+from attnkit.ops.attention.reference import reference_refuses
 from attnkit.ops.indexed._register import run_triton
 from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.reference import reference
@@ -54,13 +54,8 @@ def _rounds(attend: Callable[[AttentionCall, Order], tuple[Tensor, Tensor]]) -> 
     return run
 
 
-def _reference_refuses(call: IndexedCall) -> list[str]:
-    pairs = call.base.q.shape[1] * call.base.k.shape[1]
-    return [f"{pairs} scores a head; it writes them all down and stops at {MAX_PAIRS}"] if pairs > MAX_PAIRS else []
-
-
 BACKENDS: tuple[Backend[IndexedCall], ...] = (
     Backend("triton", _rounds(_in_place), lambda call: triton_refuses(call.base), lambda call: triton_avoids(call.base)),
     Backend("torch", _rounds(_on_copies), lambda call: []),
-    Backend("reference", reference, _reference_refuses, avoids=only_when_named),
+    Backend("reference", reference, lambda call: reference_refuses(call.base), avoids=only_when_named),
 )

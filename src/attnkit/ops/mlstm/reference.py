@@ -6,6 +6,7 @@ from torch import Tensor
 
 from attnkit._core.checks import accumulator_dtype
 from attnkit.ops._chunkwise_core.call import sequences
+from attnkit.ops._chunkwise_core.gates import LOWEST
 from attnkit.ops._chunkwise_core.state import RecurrentState
 from attnkit.ops.mlstm.call import MLSTMCall, parts_of
 
@@ -13,7 +14,6 @@ __all__ = ["MAX_PAIRS", "parallel", "recurrent", "row_scale"]
 
 Result = tuple[Tensor, RecurrentState]
 MAX_PAIRS = 4096**2  # of tokens of a sequence; the parallel form writes them all down
-_LOWEST = -1e4
 
 
 def recurrent(call: MLSTMCall, *, rounded: bool = False) -> Result:
@@ -43,7 +43,7 @@ def _recurrent(
     outs = []
     for t in range(q.shape[1]):
         q_t, k_t, v_t = (x[:, t].to(acc) for x in (q, k, v))
-        log_f = F.logsigmoid(f[:, t]).clamp(min=_LOWEST)
+        log_f = F.logsigmoid(f[:, t]).clamp(min=LOWEST)
         log_i = i[:, t] if call.input_gate == "exp" else F.logsigmoid(i[:, t])
         if m is None:
             keep, put, low = log_f.exp(), log_i.exp(), None
@@ -109,7 +109,7 @@ def _sums(
     if length == 0:
         empty = q.new_zeros(q.shape[:-1])
         return q.new_zeros(*q.shape[:-1], v.shape[-1]), empty if call.normalize else None, empty, state
-    log_f = F.logsigmoid(f).clamp(min=_LOWEST).transpose(1, 2)  # [B, Hkv, T]
+    log_f = F.logsigmoid(f).clamp(min=LOWEST).transpose(1, 2)  # [B, Hkv, T]
     log_i = (i if call.input_gate == "exp" else F.logsigmoid(i)).transpose(1, 2)
     # between rows: sums of columns below the diagonal, so that no two large sums are subtracted
     steps = log_f[..., :, None].expand(*log_f.shape, length).tril(-1).cumsum(-2)
