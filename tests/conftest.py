@@ -11,6 +11,8 @@ if not torch.cuda.is_available():  # before anything imports Triton: kernels the
 
 from attnkit._core import devices
 
+pytest_plugins = ["record"]
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes wait for each other while they spin
     torch.set_num_threads(1)
 

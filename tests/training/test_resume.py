@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ PLACES = [
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_and_resumed_equals_never_interrupted(text: Path, tmp_path: Path, place: tuple[str, ...]) -> None:
+def test_killed_and_resumed_equals_never_interrupted(
+    text: Path, tmp_path: Path, place: tuple[str, ...], record_property: Callable[[str, object], None]
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(text, whole, 24, *place)
     with start(text, broken, 24, "--stop-at", 14, *place) as process:
@@ -69,6 +72,7 @@ def test_killed_and_resumed_equals_never_interrupted(text: Path, tmp_path: Path,
     assert len(losses(whole)) == 12
     first, second = (training.load_model(out)[0].state_dict() for out in (whole, broken))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    record_property("equal_bit_by_bit", f"losses of 24 steps and {len(first)} tensors")
 
 
 def pair(launcher: tuple[str, ...], *arguments: object) -> None:
@@ -99,16 +103,22 @@ PAIRS = [
 
 @pytest.mark.parametrize(("place", "launcher"), PAIRS)
 def test_two_processes_equal_one_that_accumulates(
-    text: Path, tmp_path: Path, place: tuple[str, ...], launcher: tuple[str, ...]
+    text: Path,
+    tmp_path: Path,
+    place: tuple[str, ...],
+    launcher: tuple[str, ...],
+    record_property: Callable[[str, object], None],
 ) -> None:
     """Rows are dealt in order, and the loss is a mean over the targets of both."""
     finish(text, tmp_path / "one", 6, "--accumulate", 2, *place)
     pair(launcher, text, tmp_path / "two", 6, *place)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
-    for first, second in zip(one, two, strict=True):
-        assert second["loss"] == pytest.approx(first["loss"], rel=2e-5)
+    differences = [abs(second["loss"] / first["loss"] - 1) for first, second in zip(one, two, strict=True)]
+    record_property("loss_relative_difference", max(differences))
+    assert all(difference <= 2e-5 for difference in differences)
     first, second = (training.load_model(tmp_path / name)[0].state_dict() for name in ("one", "two"))
+    record_property("weights_absolute_difference", max((first[name] - second[name]).abs().max().item() for name in first))
     assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
 
 
