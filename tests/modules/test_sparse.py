@@ -272,3 +272,16 @@ def test_refusals() -> None:
     chosen = SparseCausalAttention(WIDTH, HEADS, rope=False, mode="drop", drop_q=TopKDrop(HEADS, D))
     with pytest.raises(UnsupportedError, match="TopKDrop looks at the whole sequence"):
         chosen(torch.randn(1, 3, WIDTH), MixerContext(cache=object()))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("options", [{"mode": "hash", "num_buckets": 4}, {"mode": "drop"}, {"mode": "dense"}])
+@pytest.mark.parametrize("qk_shared", [True, False])
+def test_autocast(device: str, options: dict[str, Any], qk_shared: bool) -> None:
+    """What autocast computes in float32 (norms, on a GPU) meets queries in bfloat16."""
+    layer = SparseCausalAttention(WIDTH, HEADS, rope=False, qk_shared=qk_shared, **options).to(device)
+    with torch.autocast(device, torch.bfloat16):
+        out = layer(torch.randn(2, 33, WIDTH, device=device))
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in layer.parameters())

@@ -121,7 +121,7 @@ class SparseCausalAttention(nn.Module):
         layers = (self.q_proj, self.v_proj) if self.temperature is not None else (self.q_proj, self.k_proj, self.v_proj)
         heads = [t.unflatten(-1, (-1, self.head_dim)) for t in project(x, *layers)]
         if self.temperature is not None:
-            heads.insert(1, F.normalize(heads[0], dim=-1))
+            heads.insert(1, F.normalize(heads[0], dim=-1).to(heads[0].dtype))  # autocast computes norms in float32
         return heads
 
     def _choose(
