@@ -62,6 +62,8 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "entmax-lm": (("lengths=64", "layers=1"), {"validation_loss", "step_ms", "norm"}),
     "scfa-lm": (("lengths=64", "layers=1"), {"validation_loss", "step_ms", "arm", "curve"}),
     "entmax-encoder": (("lengths=16", "alphas=1,1.5"), {"accuracy", "alpha"}),
+    "mlstm-transfer": ((), {"before", "after", "gate"}),
+    "mlstm-lm": (("layers=1",), {"validation_loss", "step_ms", "arm", "curve"}),
 }
 
 
@@ -97,6 +99,13 @@ def test_the_quick_form(name: str, tmp_path: Path) -> None:
         sparse = [row for row in document["rows"] if row["arm"] != "dense"]
         assert all(row["density"] < 0.6 for row in sparse)
         assert len(document["rows"]) == 3
+    if name == "mlstm-lm":
+        assert [line["name"] for line in document["figures"][0]["lines"]] == [
+            "softmax",
+            "mlstm exp",
+            "mlstm sigmoid",
+            "lightning",
+        ]
     if name == "entmax-lm":
         (row,) = (row for row in document["rows"] if row["norm"] == "entmax")
         assert [len(row["element"]), len(row["element"][0])] == [1, 2]

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from attnkit.cli import main
-from attnkit.models import MIXERS, MLPS, PRESETS, AttnkitDecoderForCausalLM, AttnkitEncoderForMaskedLM
+from attnkit.models import MIXERS, MLPS, PRESETS, AttnkitDecoderForCausalLM, AttnkitEncoderForMaskedLM, AttnkitXLSTMForCausalLM
 
 
 def run(*arguments: str) -> Result:
@@ -33,6 +33,7 @@ def test_list_names_every_preset_mixer_and_mlp() -> None:
     [
         ("decoder-tiny", AttnkitDecoderForCausalLM, "full_attention"),
         ("encoder-tiny", AttnkitEncoderForMaskedLM, None),
+        ("xlstm-tiny", AttnkitXLSTMForCausalLM, "linear_attention"),
     ],
 )
 def test_show_counts_what_the_model_has(name: str, model: Any, cache: str | None) -> None:
@@ -86,3 +87,9 @@ def test_parity_with_something_else_than_a_llama(tmp_path: Any) -> None:
     result = run("parity", "--model", str(tmp_path / "nothing"))
     assert result.exit_code == 4
     assert "neither a folder nor a .gguf file" in result.stderr
+
+
+def test_parity_of_xlstm() -> None:
+    result = loaded(run("parity", "--model", "random-xlstm", "--device", "cpu", "--json"))
+    assert result["ok"]
+    assert 0 < result["max_difference"] <= result["allowed"] < 1e-3

@@ -1,4 +1,4 @@
-"""docs/claims.md says what the result files of claims say: every verdict, and the tables that it quotes."""
+"""docs/claims.md and docs/chunkwise.md say what the result files of claims say: every verdict, and the tables they quote."""
 
 import re
 import statistics
@@ -17,8 +17,9 @@ SCHEMA = ROOT / "src" / "attnkit" / "report" / "schemas" / "attnkit.claim-1.json
 
 
 def part(name: str) -> str:
-    """The table between two marks of the page."""
-    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    """The table between two marks of its page."""
+    file = "chunkwise.md" if name.startswith("mlstm") else "claims.md"
+    page = (ROOT / "docs" / file).read_text(encoding="utf-8")
     found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", page, re.DOTALL)
     assert found is not None
     return found[1].strip()
@@ -38,16 +39,18 @@ def tables() -> dict[str, str]:
     recall, rotary, anneal = (document(name)["tables"][0] for name in names)
     updates = document("entmax-iterations")["tables"][0]
     kept = [row for row in updates["rows"] if row[0] in ("512", "8,192", "65,536") and row[1] in ("0.1", "0.5", "1", "4")]
+    mlstm = {name: document(name)["tables"][0] for name in ("mlstm-lm", "mlstm-transfer")}
     return {
         "claims": verdicts(),
         "recall": markdown_table(recall["headers"], recall["rows"]),
         "rotary": markdown_table(rotary["headers"], rotary["rows"]),
         "iterations": markdown_table(updates["headers"], kept),
         "anneal": markdown_table(anneal["headers"], anneal["rows"]),
+        **{name: markdown_table(table["headers"], table["rows"]) for name, table in mlstm.items()},
     }
 
 
-@pytest.mark.parametrize("name", ["claims", "recall", "rotary", "iterations", "anneal"])
+@pytest.mark.parametrize("name", ["claims", "recall", "rotary", "iterations", "anneal", "mlstm-lm", "mlstm-transfer"])
 def test_the_page_quotes_the_files(name: str) -> None:
     assert part(name) == tables()[name]
 
@@ -107,3 +110,18 @@ def test_what_the_page_says_of_recall_at_2048_tokens() -> None:
     gains = sorted(accuracy["entmax", seed] - accuracy["softmax", seed] for seed in range(3))
     assert abs(gains[0]) < 0.002
     assert gains[1] > 0.005
+
+
+def test_what_the_page_says_of_gates() -> None:
+    """Per cent between the two gates, in the mean and with each seed, and at the validation before the last."""
+    page = (ROOT / "docs" / "chunkwise.md").read_text(encoding="utf-8").replace("\n", " ").replace(" %", "%")
+    found = document("mlstm-lm")
+    ends = ("", ", least of the seeds", ", largest of the seeds")
+    mean, least, largest = (f"{found['verdict']['numbers'][f'sigmoid over exp at 256{end}']:.1%}" for end in ends)
+    assert f"{mean} higher than with exponential ones ({least} and {largest} with the two seeds)" in page
+    before = {arm: [row["curve"][-2][1] for row in found["rows"] if row["arm"] == f"mlstm {arm}"] for arm in ("exp", "sigmoid")}
+    gaps = [a / b - 1 for a, b in zip(before["sigmoid"], before["exp"], strict=True)]
+    assert f"24 steps earlier {gaps[0]:.1%} and {gaps[1]:.1%}" in page
+    apart, _, ratio = document("mlstm-transfer")["verdict"]["numbers"].values()
+    assert f"at most {apart:.4f} apart" in page
+    assert f"up to {ratio:.1f} times" in page

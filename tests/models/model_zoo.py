@@ -9,6 +9,7 @@ from attnkit.models import (
     PRESETS,
     AttnkitDecoderForCausalLM,
     AttnkitEncoderForMaskedLM,
+    AttnkitXLSTMForCausalLM,
     mixer,
 )
 from attnkit.modules import MixerContext, Shared
@@ -82,6 +83,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "mlstm": {"igate_bias_init": None},
         "lightning": {"silu": True, "layerwise_decay": False},
     },
+    "xlstm": {},
     "states": {"mixer_types": ["test_average", "attention"]},
     "shared": {"mixer_types": ["test_producer", "attention", "test_consumer"]},
     "no_keys": {"mixer_types": ["test_producer", "test_consumer"]},
@@ -90,18 +92,22 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "encoder": {},
     "sliding_encoder": {"mixer_types": "sliding_attention", "sliding_window": 4, "norm_type": "layernorm"},
 }
-RECURRENT = ("mlstm", "lightning", "recurrent_hybrid")
+HEADS: dict[str, Any] = {
+    "decoder": AttnkitDecoderForCausalLM,
+    "encoder": AttnkitEncoderForMaskedLM,
+    "xlstm": AttnkitXLSTMForCausalLM,
+}
+RECURRENT = ("mlstm", "lightning", "recurrent_hybrid", "xlstm")
 ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax", "hashed", "hashed_shared", *RECURRENT)  # padded, packed
 
 
 def build(name: str, **options: Any) -> Any:
     """A random model in eval mode whose attention is far from uniform."""
-    encoder = name in ENCODERS
-    chosen = {**(ENCODERS if encoder else DECODERS)[name], **options}
+    chosen = {**(ENCODERS if name in ENCODERS else DECODERS)[name], **options}
     if isinstance(chosen.get("mixer_types"), list):
         chosen["num_hidden_layers"] = len(chosen["mixer_types"])
-    config = PRESETS["encoder-tiny" if encoder else "decoder-tiny"](**chosen)
-    return randomise((AttnkitEncoderForMaskedLM if encoder else AttnkitDecoderForCausalLM)(config).eval())
+    family = "encoder" if name in ENCODERS else "xlstm" if name == "xlstm" else "decoder"
+    return randomise(HEADS[family](PRESETS[f"{family}-tiny"](**chosen)).eval())
 
 
 def tokens(batch: int, length: int, *, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""`attnkit models`: presets, what a model is made of, and whether our decoder is transformers' Llama."""
+"""`attnkit models`: presets, what a model is made of, and whether ours are transformers' Llama and xLSTM."""
 
 import dataclasses
 from typing import Any
@@ -60,28 +60,30 @@ def _show(name: str, as_json: bool) -> None:
 
 @verb(
     "parity",
-    examples=("attnkit models parity", "attnkit models parity --model smollm2"),
-    python="from attnkit.models import parity\nparity(llama).ok",
+    examples=("attnkit models parity --model smollm2", "attnkit models parity --model random-xlstm"),
+    python="from attnkit.models import parity, xlstm_parity\nparity(llama).ok, xlstm_parity(xlstm).ok",
     memory_hint="use a smaller model; both are held in fp32",
 )
 @click.option(
-    "--model", default="random", show_default=True, metavar="random|smollm2|DIR|GGUF", help="Whose weights to compare."
-)
+    "--model", default="random", show_default=True, metavar="random|random-xlstm|smollm2|DIR|GGUF",
+    help="Whose weights to compare.",
+)  # fmt: skip
 @device_option
 @seed_option
 @json_option
 def _parity(model: str, device: str, seed: int, as_json: bool) -> None:
-    """Compare our decoder with transformers' Llama: same weights, random tokens, float32.
+    """Compare our decoder with transformers' Llama, or our xLSTM with its xLSTM: same weights, random tokens, float32.
 
     Ends with exit code 6 where a logit differs by more than 1e-5 of the largest one.
     """
     import torch
 
-    from attnkit.models import parity
+    from attnkit.models import parity, xlstm_parity
     from attnkit.report import table
 
     where = resolve_device(device)
-    found = parity(_llama(model, where, torch.float32, seed), seed=seed)
+    theirs = _theirs(model, where, torch.float32, seed)
+    found = (xlstm_parity if theirs.config.model_type == "xlstm" else parity)(theirs, seed=seed)
     result = {
         "model": model,
         "parameters": found.parameters,
@@ -100,17 +102,20 @@ def _parity(model: str, device: str, seed: int, as_json: bool) -> None:
         )
 
 
-def _llama(model: str, device: Any, dtype: Any, seed: int) -> Any:
-    """The Llama to compare with: a small random one, or one from this machine."""
-    if model != "random":
-        from attnkit.lab.compare.loading import load, locate
+def _theirs(model: str, device: Any, dtype: Any, seed: int) -> Any:
+    """The model to compare with: a small random one, or one from this machine."""
+    from attnkit.models import random_llama, random_xlstm
 
-        return load(locate(model), device, dtype).model
-    from attnkit.models import random_llama
+    small = {"random": random_llama, "random-xlstm": random_xlstm}
+    if model in small:
+        return small[model](seed).to(device, dtype)
+    from attnkit.lab.compare.loading import load, locate
 
-    return random_llama(seed).to(device, dtype)
+    return load(locate(model), device, dtype).model
 
 
 command = click.Group(
-    "models", commands=[_list, _show, _parity], help="Models on our stack: presets, layers, sizes, and parity with Llama."
+    "models",
+    commands=[_list, _show, _parity],
+    help="Models on our stack: presets, layers, sizes, and parity with Llama and xLSTM.",
 )

@@ -1,6 +1,7 @@
 """Models on one hybrid stack, compatible with Hugging Face's; importing this registers them with the Auto classes.
 
-Families: `AttnkitDecoderForCausalLM` and `AttnkitEncoderForMaskedLM`. `mixer` adds a mixer, `PRESETS` names configurations.
+Families: `AttnkitDecoderForCausalLM`, `AttnkitEncoderForMaskedLM`, `AttnkitXLSTMForCausalLM`. `mixer` adds a mixer, `PRESETS`
+names configurations.
 """
 
 from attnkit._core.lazy import require
@@ -10,12 +11,12 @@ require("transformers", extra="hf")  # where it is missing, this says how to get
 from attnkit.models.auto import register_all  # noqa: E402
 from attnkit.models.cache import StateCache  # noqa: E402
 from attnkit.models.common import HybridBlock, HybridModel  # noqa: E402
+from attnkit.models.comparison import Parity  # noqa: E402
 from attnkit.models.configuration import HybridConfig  # noqa: E402
 from attnkit.models.decoder import (  # noqa: E402
     AttnkitDecoderConfig,
     AttnkitDecoderForCausalLM,
     AttnkitDecoderModel,
-    Parity,
     from_llama,
     llama_config,
     parity,
@@ -26,6 +27,14 @@ from attnkit.models.heads import HybridForCausalLM, HybridForMaskedLM  # noqa: E
 from attnkit.models.presets import PRESETS  # noqa: E402
 from attnkit.models.registry import MIXERS, MLPS, MixerSpec, mixer  # noqa: E402
 from attnkit.models.summary import LayerSummary, Summary, summarise  # noqa: E402
+from attnkit.models.xlstm import (  # noqa: E402
+    AttnkitXLSTMConfig,
+    AttnkitXLSTMForCausalLM,
+    AttnkitXLSTMModel,
+    from_xlstm,
+    random_xlstm,
+    xlstm_parity,
+)
 
 __all__ = [
     "MIXERS",
@@ -37,6 +46,9 @@ __all__ = [
     "AttnkitEncoderConfig",
     "AttnkitEncoderForMaskedLM",
     "AttnkitEncoderModel",
+    "AttnkitXLSTMConfig",
+    "AttnkitXLSTMForCausalLM",
+    "AttnkitXLSTMModel",
     "HybridBlock",
     "HybridConfig",
     "HybridForCausalLM",
@@ -48,11 +60,14 @@ __all__ = [
     "StateCache",
     "Summary",
     "from_llama",
+    "from_xlstm",
     "llama_config",
     "mixer",
     "parity",
     "random_llama",
+    "random_xlstm",
     "summarise",
+    "xlstm_parity",
 ]
 
 register_all()

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from attnkit.models.decoder import AttnkitDecoderConfig, AttnkitDecoderForCausalLM, AttnkitDecoderModel
 from attnkit.models.encoder import AttnkitEncoderConfig, AttnkitEncoderForMaskedLM, AttnkitEncoderModel
+from attnkit.models.xlstm import AttnkitXLSTMConfig, AttnkitXLSTMForCausalLM, AttnkitXLSTMModel
 
 __all__ = ["register_all"]
 
@@ -13,6 +14,7 @@ __all__ = ["register_all"]
 FAMILIES: tuple[tuple[Any, Any, Any, Any], ...] = (
     (AttnkitDecoderConfig, AttnkitDecoderModel, AutoModelForCausalLM, AttnkitDecoderForCausalLM),
     (AttnkitEncoderConfig, AttnkitEncoderModel, AutoModelForMaskedLM, AttnkitEncoderForMaskedLM),
+    (AttnkitXLSTMConfig, AttnkitXLSTMModel, AutoModelForCausalLM, AttnkitXLSTMForCausalLM),
 )
 
 

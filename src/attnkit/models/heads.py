@@ -84,7 +84,7 @@ class HybridForCausalLM(_WithHead, GenerationMixin):
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         x = outputs.last_hidden_state
-        logits = self.lm_head(x if whole else x[:, kept])
+        logits = self.logits(x if whole else x[:, kept])
         if labels is not None and cu_seq_lens_q is not None:
             labels = mask_starts(labels, cu_seq_lens_q)
         output = CausalLMOutputWithPast(
@@ -94,6 +94,11 @@ class HybridForCausalLM(_WithHead, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
         return self.returned(output, return_dict)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states [B, T, C] -> logits [B, T, V]."""
+        out: Tensor = self.lm_head(x)
+        return out
 
     def _supports_default_dynamic_cache(self) -> bool:  # type: ignore[override]  # it depends on the configuration
         """Where no layer keeps keys, the model makes its own cache; transformers' could not count tokens."""

@@ -86,7 +86,9 @@ for _mode in ("hash", "drop"):
         partial(_sparse, mode=_mode)
     )
 
-_MLSTM = ("qk_ratio", "v_ratio", "gate_soft_cap", "input_gate", "normalize", "eps", "chunk_size", "igate_bias_init")
+_MLSTM = (
+    "qk_ratio", "v_ratio", "gate_soft_cap", "input_gate", "normalize", "eps", "chunk_size", "igate_bias_init", "norm_eps",
+)  # fmt: skip
 _LIGHTNING = ("rotary_share", "silu", "norm_groups", "layerwise_decay")
 
 

@@ -8,6 +8,7 @@ from attnkit._core.registry import Registry
 from attnkit.models.configuration import HybridConfig
 from attnkit.models.decoder import AttnkitDecoderConfig
 from attnkit.models.encoder import AttnkitEncoderConfig
+from attnkit.models.xlstm import AttnkitXLSTMConfig
 
 __all__ = ["PRESETS"]
 
@@ -38,3 +39,18 @@ PRESETS.register(
     ),
 )
 PRESETS.register("encoder-tiny", partial(AttnkitEncoderConfig, **_TINY))
+PRESETS.register(
+    "xlstm-tiny",
+    partial(
+        AttnkitXLSTMConfig, vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=512, mlstm={"igate_bias_init": None},
+    ),
+)  # fmt: skip
+PRESETS.register(
+    "xlstm-50m",
+    partial(
+        AttnkitXLSTMConfig, vocab_size=49_152, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
+        tie_word_embeddings=True, mlstm={"igate_bias_init": None},
+    ),
+)  # fmt: skip
+PRESETS.register("xlstm-7b", AttnkitXLSTMConfig)

@@ -1,11 +1,29 @@
 """The claims that can be run, by name."""
 
 from attnkit._core.registry import Registry
-from attnkit.lab.claims import entmax_anneal, entmax_encoder, entmax_iterations, entmax_lm, entmax_recall, scfa_lm
+from attnkit.lab.claims import (
+    entmax_anneal,
+    entmax_encoder,
+    entmax_iterations,
+    entmax_lm,
+    entmax_recall,
+    mlstm_lm,
+    mlstm_transfer,
+    scfa_lm,
+)
 from attnkit.lab.claims.claim import Claim
 
 __all__ = ["CLAIMS"]
 
 CLAIMS: Registry[Claim] = Registry("claim")
-for _module in (entmax_recall, entmax_iterations, entmax_anneal, entmax_lm, scfa_lm, entmax_encoder):
+for _module in (
+    entmax_recall,
+    entmax_iterations,
+    entmax_anneal,
+    entmax_lm,
+    scfa_lm,
+    entmax_encoder,
+    mlstm_transfer,
+    mlstm_lm,
+):
     CLAIMS.register(_module.CLAIM.name, _module.CLAIM)

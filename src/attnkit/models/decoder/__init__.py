@@ -3,13 +3,12 @@
 from attnkit.models.decoder.configuration import AttnkitDecoderConfig
 from attnkit.models.decoder.conversion import from_llama, llama_config
 from attnkit.models.decoder.modeling import AttnkitDecoderForCausalLM, AttnkitDecoderModel
-from attnkit.models.decoder.parity import Parity, parity, random_llama
+from attnkit.models.decoder.parity import parity, random_llama
 
 __all__ = [
     "AttnkitDecoderConfig",
     "AttnkitDecoderForCausalLM",
     "AttnkitDecoderModel",
-    "Parity",
     "from_llama",
     "llama_config",
     "parity",

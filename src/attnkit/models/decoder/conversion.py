@@ -1,14 +1,14 @@
 """Weights of transformers' Llama in our decoder, and our decoder's shape as a Llama's."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attnkit._core.errors import InputError, UnsupportedError
+from attnkit._core.errors import UnsupportedError
 from attnkit.models.decoder.configuration import AttnkitDecoderConfig
 from attnkit.models.decoder.modeling import AttnkitDecoderForCausalLM
+from attnkit.models.sources import read_source
 
 __all__ = ["from_llama", "llama_config"]
 
@@ -33,7 +33,7 @@ def from_llama(source: Any) -> AttnkitDecoderForCausalLM:
         InputError: the folder cannot be read; nothing is downloaded, unpickled or executed.
         UnsupportedError: not a Llama, or one with another activation or rotary embedding than our decoder has.
     """
-    llama = _load(source) if isinstance(source, str | Path) else source
+    llama = read_source(source, LlamaForCausalLM)
     config = _translate(llama)
     weights = {".".join(RENAMED.get(part, part) for part in key.split(".")): value for key, value in llama.state_dict().items()}
     with torch.device("meta"):
@@ -71,20 +71,6 @@ def llama_config(config: AttnkitDecoderConfig) -> LlamaConfig:
         rms_norm_eps=config.norm_eps,
         rope_parameters=dict(config.rope_parameters) if config.rope_parameters else None,
     )
-
-
-def _load(folder: str | Path) -> LlamaForCausalLM:
-    path = Path(folder).expanduser()
-    if not (path / "config.json").is_file():
-        raise InputError(f"{str(folder)!r} is no folder with a config.json; give a LlamaForCausalLM or where one was saved")
-    try:
-        return LlamaForCausalLM.from_pretrained(path, local_files_only=True, use_safetensors=True, trust_remote_code=False)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # damaged files raise whatever the reader of the day raises
-        raise InputError(
-            f"the Llama in {str(folder)!r} cannot be read: {str(error).strip() or type(error).__name__}"
-        ) from error
 
 
 def _translate(llama: Any) -> AttnkitDecoderConfig:

@@ -1,41 +1,14 @@
 """Our decoder beside transformers' Llama with the same weights."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from attnkit.models.comparison import Parity, compare
 from attnkit.models.decoder.conversion import from_llama
 
-__all__ = ["Parity", "parity", "random_llama"]
-
-TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far two models are apart.
-
-    Attributes:
-        parameters: of either model.
-        largest_logit: the largest absolute logit of the Llama.
-        max_difference: the largest absolute difference of two logits.
-    """
-
-    parameters: int
-    largest_logit: float
-    max_difference: float
-
-    @property
-    def allowed(self) -> float:
-        """A difference of 1e-5 of the largest logit, as float32 rounds along two orders of summation."""
-        return TOLERANCE * self.largest_logit
-
-    @property
-    def ok(self) -> bool:
-        """Whether the difference is allowed; NaN is not."""
-        return self.max_difference <= self.allowed
+__all__ = ["parity", "random_llama"]
 
 
 def parity(llama: Any, *, tokens: int = 64, seed: int = 0) -> Parity:
@@ -48,18 +21,7 @@ def parity(llama: Any, *, tokens: int = 64, seed: int = 0) -> Parity:
     Raises:
         UnsupportedError: see `from_llama`.
     """
-    ours = from_llama(llama)
-    draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(llama.config.vocab_size, (2, tokens), generator=draw).to(llama.device)
-    mask = torch.ones_like(ids)
-    mask[1, : tokens // 4] = 0
-    with torch.no_grad():
-        theirs, mine = (model(input_ids=ids, attention_mask=mask).logits[mask.bool()] for model in (llama, ours))
-    return Parity(
-        parameters=sum(weight.numel() for weight in ours.parameters()),
-        largest_logit=float(theirs.abs().max()),
-        max_difference=float((theirs - mine).abs().max()),
-    )
+    return compare(llama, from_llama(llama), tokens=tokens, seed=seed, padded=True)
 
 
 def random_llama(seed: int = 0) -> LlamaForCausalLM:
