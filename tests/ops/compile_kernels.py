@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnkit.ops._attention_core._triton import backward, forward
+from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
 
 # what a pointer of this name points to; "input" stands for the type of q
@@ -22,6 +23,7 @@ POINTERS = {
         ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
         "fp32",
     ),
+    **dict.fromkeys(("f", "i", "S", "n", "m", "S_new", "n_new", "m_new"), "fp32"),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos", "q_rows", "k_rows", "tiles", "live"), "i32"),
 }
 NEEDS = {
@@ -64,6 +66,11 @@ ROWS = tuple(
         ("bf16", "general", False),
     )
 )
+ABSENT = {"sigmoid": ("m", "m_new"), "decay": ("i", "m", "m_new", "n", "n_new")}
+STEPS = tuple(
+    (dtype, {"GATES": gates, "NORMALIZE": gates != "decay", "GROUP": 2, "BLOCK_G": 2, "BLOCK_D": 64, "BLOCK_V": 32})
+    for dtype, gates in (("bf16", "exp"), ("fp16", "sigmoid"), ("fp32", "decay"))
+)
 WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 
@@ -71,6 +78,7 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     signature, constants = {}, {}
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags[NEEDS[name]]
+        absent |= name in ABSENT.get(flags.get("GATES", ""), ())
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
         absent |= name in ("tiles", "live") and flags["NORM"] != "entmax15"
@@ -79,7 +87,7 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
         elif name in POINTERS:
             signature[name] = "*" + POINTERS[name].replace("input", dtype)
         else:
-            signature[name] = "fp32" if name in ("scale", "softcap", "shared_gap") else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap", "shared_gap", "eps") else "i32"
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
@@ -97,4 +105,7 @@ if __name__ == "__main__":
             for dtype, flags in ROWS:
                 _compile(kernel, dtype, flags, capability)
                 count += 1
+        for dtype, flags in STEPS:
+            _compile(step, dtype, flags, capability)
+            count += 1
     print(f"{count} variants compiled")

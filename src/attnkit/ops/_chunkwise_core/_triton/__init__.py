@@ -1,0 +1,1 @@
+"""Kernels of recurrences; loading this loads Triton."""
