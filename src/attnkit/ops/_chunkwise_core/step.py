@@ -68,10 +68,10 @@ def _torch(call: StepCall) -> tuple[Tensor, RecurrentState]:
 
 
 def _kernel(q: Tensor, *rest: Any) -> Results:
-    from attnkit.ops._chunkwise_core._triton import step  # Triton loads when a kernel runs
+    from attnkit.ops._chunkwise_core._triton import step_launch  # Triton loads when a kernel runs
 
     with current(q.device):
-        return step.run(q, *rest)
+        return step_launch.run(q, *rest)
 
 
 def _fake(

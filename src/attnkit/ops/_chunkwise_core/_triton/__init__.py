@@ -1,1 +1,1 @@
-"""Kernels of recurrences; loading this loads Triton."""
+"""The kernels of recurrences in chunks: gates, walk (states), outputs, and those of the backward pass."""
