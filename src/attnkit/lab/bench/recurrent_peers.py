@@ -160,12 +160,16 @@ def _dense(name: str) -> Callable[[Shape], Operator]:
             if not shape.trains:
                 return call()
             gates = (t for t in others.values() if isinstance(t, Tensor) and t.requires_grad)
-            out: Tensor = _Beside.apply(call, own, q, k, v, *gates)
+            out: Tensor = _Beside.apply(call, own, q, k, v, *gates)  # type: ignore[no-untyped-call]
             return out
 
         return run
 
     return make
+
+
+def _dense_limits(name: str) -> Callable[[Shape], list[str]]:
+    return lambda shape: PEERS[name].limits(_dense_shape(shape))
 
 
 def dense_beside() -> list[Peer]:
@@ -175,7 +179,7 @@ def dense_beside() -> list[Peer]:
             PEERS[name],
             summary=f"dense causal softmax attention in heads of {_DENSE_WIDTH} as wide as the values, {PEERS[name].summary}",
             make=_dense(name),
-            limits=lambda shape, name=name: PEERS[name].limits(_dense_shape(shape)),
+            limits=_dense_limits(name),
             same_result=False,
         )
         for name in ("sdpa", "sdpa-flash", "cudnn", "fa4")
