@@ -23,7 +23,6 @@ POINTERS = {
         ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
         "fp32",
     ),
-    **dict.fromkeys(("f", "i", "S", "n", "m", "S_new", "n_new", "m_new"), "fp32"),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos", "q_rows", "k_rows", "tiles", "live"), "i32"),
 }
 NEEDS = {
@@ -67,6 +66,9 @@ ROWS = tuple(
     )
 )
 ABSENT = {"sigmoid": ("m", "m_new"), "decay": ("i", "m", "m_new", "n", "n_new")}
+STATES = dict.fromkeys(
+    ("f", "i", "S", "n", "m", "S_new", "n_new", "m_new"), "fp32"
+)  # pointers of a step; n is a size elsewhere
 STEPS = tuple(
     (dtype, {"GATES": gates, "NORMALIZE": gates != "decay", "GROUP": 2, "BLOCK_G": 2, "BLOCK_D": 64, "BLOCK_V": 32})
     for dtype, gates in (("bf16", "exp"), ("fp16", "sigmoid"), ("fp32", "decay"))
@@ -76,6 +78,7 @@ WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) -> None:
     signature, constants = {}, {}
+    pointers = POINTERS | STATES if "GATES" in flags else POINTERS
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags[NEEDS[name]]
         absent |= name in ABSENT.get(flags.get("GATES", ""), ())
@@ -84,8 +87,8 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
         absent |= name in ("tiles", "live") and flags["NORM"] != "entmax15"
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
-        elif name in POINTERS:
-            signature[name] = "*" + POINTERS[name].replace("input", dtype)
+        elif name in pointers:
+            signature[name] = "*" + pointers[name].replace("input", dtype)
         else:
             signature[name] = "fp32" if name in ("scale", "softcap", "shared_gap", "eps") else "i32"
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
