@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnkit.ops._attention_core._triton import backward, forward
+from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
 
 # what a pointer of this name points to; "input" stands for the type of q
@@ -64,22 +65,32 @@ ROWS = tuple(
         ("bf16", "general", False),
     )
 )
+ABSENT = {"sigmoid": ("m", "m_new"), "decay": ("i", "m", "m_new", "n", "n_new")}
+STATES = dict.fromkeys(
+    ("f", "i", "S", "n", "m", "S_new", "n_new", "m_new"), "fp32"
+)  # pointers of a step; n is a size elsewhere
+STEPS = tuple(
+    (dtype, {"GATES": gates, "NORMALIZE": gates != "decay", "GROUP": 2, "BLOCK_G": 2, "BLOCK_D": 64, "BLOCK_V": 32})
+    for dtype, gates in (("bf16", "exp"), ("fp16", "sigmoid"), ("fp32", "decay"))
+)
 WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 
 def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) -> None:
     signature, constants = {}, {}
+    pointers = POINTERS | STATES if "GATES" in flags else POINTERS
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags[NEEDS[name]]
+        absent |= name in ABSENT.get(flags.get("GATES", ""), ())
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
         absent |= name in ("tiles", "live") and flags["NORM"] != "entmax15"
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
-        elif name in POINTERS:
-            signature[name] = "*" + POINTERS[name].replace("input", dtype)
+        elif name in pointers:
+            signature[name] = "*" + pointers[name].replace("input", dtype)
         else:
-            signature[name] = "fp32" if name in ("scale", "softcap", "shared_gap") else "i32"
+            signature[name] = "fp32" if name in ("scale", "softcap", "shared_gap", "eps") else "i32"
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
@@ -97,4 +108,7 @@ if __name__ == "__main__":
             for dtype, flags in ROWS:
                 _compile(kernel, dtype, flags, capability)
                 count += 1
+        for dtype, flags in STEPS:
+            _compile(step, dtype, flags, capability)
+            count += 1
     print(f"{count} variants compiled")

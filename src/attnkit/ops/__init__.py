@@ -60,7 +60,8 @@ _SPECS = {
     "entmax.spec": ("entmax",),
     "entmax_attention.spec": ("entmax_attention",),
     "mlstm.spec": ("mlstm",),
-    "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention"),
+    "mlstm.step_spec": ("mlstm_step",),
+    "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention", "scalar_decay_step"),
 }
 
 

@@ -126,7 +126,7 @@ class Course:
     def _own(self, shape: Shape, inputs: list[dict[str, Any]]) -> Own:
         calls = self._calls(self._race.own(self._backend), shape, inputs, None)
         seconds = self._first(calls, shape)
-        backend = ops.explain(self._race.op, backend=self._backend, **inputs[0]).chosen
+        backend = ops.explain(self._race.op, backend=self._backend, **self._race.arguments(inputs[0])).chosen
         assert backend is not None  # it has just run
         # by name: for a small shape "auto" might choose another one
         self._judge(f"{OWN}:{backend}", lambda _: self._race.own(backend), shape)
@@ -165,7 +165,8 @@ class Course:
 
     def _calls(self, operator: Operator, shape: Shape, inputs: list[dict[str, Any]], upstream: Tensor | None) -> Calls:
         leaves = [inputs[0][name] for name in self._race.grads] if shape.trains else []
-        return Calls(operator, inputs, leaves, upstream)
+        # what calls are given is made beforehand: a race of steps would time the making
+        return Calls(operator, [self._race.arguments(each) for each in inputs], leaves, upstream)
 
     def _ready(self, name: str, shape: Shape, calls: Calls) -> Entrant:
         return Entrant.ready(name, shape.device, calls, graph=shape.step in MEMORY_BOUND)
@@ -182,7 +183,9 @@ class Course:
         return name, str(self._race.smaller(shape))
 
     def _verdict(self, make: Make, shape: Shape) -> str:
-        case = Case(f"race, {shape}", partial(self._race.inputs, shape), self._race.grads if shape.trains else ())
+        case = Case(
+            f"race, {shape}", partial(self._race.inputs, shape), self._race.grads if shape.trains else (), self._race.fixed
+        )
         try:
             rows = conformance.check(OPS[self._race.op], case, shape.dtype, device=shape.device, operator=make(shape))
         except Exception as error:  # peers raise what they like

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from attnkit._core.checks import accumulator_dtype
 from attnkit._core.errors import OptionError
 from attnkit._core.registry import Registry
 from attnkit.ops import OPS
@@ -145,6 +146,8 @@ class Race:
         traffic: shape -> bytes that must be read or written, of passes that are bound by memory and of races without flops.
         axes: what else can be varied.
         batch: kind of device -> sequences, by default 1.
+        tokens: kind of device -> tokens of all sequences together, by default: batches shrink as lengths grow.
+        fixed: inputs that stay in the accumulation dtype.
         facts: (shape, inputs) -> what is worth knowing about them; measured after our first call, once for all passes.
     """
 
@@ -162,6 +165,8 @@ class Race:
     traffic: Callable[[Shape], float]
     axes: Mapping[str, Axis] = field(default_factory=dict)
     batch: Mapping[str, int] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
     facts: Callable[[Shape, dict[str, Any]], Facts] | None = None
 
     def draw(self, shape: Shape, seed: int) -> dict[str, Any]:
@@ -169,8 +174,18 @@ class Race:
         inputs = self.inputs(shape, torch.Generator(shape.device).manual_seed(seed))
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                inputs[name] = value.to(shape.dtype).requires_grad_(shape.trains and name in self.grads)
+                dtype = accumulator_dtype(shape.dtype) if name in self.fixed else shape.dtype
+                inputs[name] = value.to(dtype).requires_grad_(shape.trains and name in self.grads)
         return inputs
+
+    def arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the operator, and a peer in its place, is called with."""
+        return OPS[self.op].arguments(inputs)
+
+    def sequences(self, device: str, length: int) -> int:
+        """The batch by default, on a kind of device."""
+        tokens = self.tokens.get(device)
+        return self.batch.get(device, 1) if tokens is None else max(tokens // length, 1)
 
     def smaller(self, shape: Shape) -> Shape:
         """The reduced shape of the same kind."""

@@ -1,11 +1,11 @@
 """Every race there is. An operator joins with one file of its own and its name here."""
 
 from attnkit._core.registry import Registry
-from attnkit.lab.bench import attention, entmax, entmax_attention, indexed
+from attnkit.lab.bench import attention, entmax, entmax_attention, indexed, recurrent
 from attnkit.lab.bench.race import Race
 
 __all__ = ["RACES"]
 
 RACES: Registry[Race] = Registry("race")
-for _race in (attention.RACE, entmax.RACE, entmax_attention.RACE, indexed.HASH_RACE, indexed.QK_RACE):
+for _race in (attention.RACE, entmax.RACE, entmax_attention.RACE, indexed.HASH_RACE, indexed.QK_RACE, *recurrent.RACES):
     RACES.register(_race.op, _race)

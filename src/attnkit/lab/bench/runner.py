@@ -76,16 +76,16 @@ def run(
     number = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     chosen = contestants(race, peers, place)
     lengths, dims = lengths or race.lengths[place.type], dims or race.dims
-    batch = race.batch.get(place.type, 1) if batch is None else batch
-    if min(*lengths, *dims, batch) < 1 or rounds < MIN_ROUNDS:
+    if min(*lengths, *dims, 1 if batch is None else batch) < 1 or rounds < MIN_ROUNDS:
         raise OptionError(f"lengths, dims and batch must be at least 1 and rounds at least {MIN_ROUNDS}")
     if not race.dims and (dims or heads):
         raise OptionError(f"{op} has no heads; leave dims and heads out")
     shapes = [
-        Shape(step, race.sizes(step, length, width, heads or race.heads, batch), number, place, variant)
+        Shape(step, race.sizes(step, length, width, heads or race.heads, each), number, place, variant)
         for step, width, variant, length in itertools.product(
             race.choose_passes(passes), dims or (1,), race.choose_variants(vary), sorted(set(lengths))
         )
+        for each in [race.sequences(place.type, length) if batch is None else batch]
     ]
     with machine.cold_kernels() as cold, torch.cuda.device(place) if place.type == "cuda" else nullcontext():
         _check(race, shapes, backend)
@@ -137,7 +137,7 @@ def _check(race: Race, shapes: Sequence[Shape], backend: str) -> None:
     """Refuse what ours cannot do before anything is timed: bad sizes and backends, on small inputs of the same kind."""
     small = {str(reduced): reduced for reduced in map(race.smaller, shapes)}
     for shape in small.values():
-        explanation = ops.explain(race.op, backend=backend, **race.draw(shape, seed=0))
+        explanation = ops.explain(race.op, backend=backend, **race.arguments(race.draw(shape, seed=0)))
         if explanation.chosen is None:
             reasons = "; ".join(f"{name}: {', '.join(why)}" for name, why in explanation.rejected.items())
             raise BackendUnavailable(f"{race.op} cannot run {shape}. {reasons}")

@@ -9,11 +9,23 @@ from torch import Tensor
 from attnkit._core.invariance import Invariance
 from attnkit.ops._chunkwise_core.state import RecurrentState
 
-__all__ = ["STATE", "Make", "arguments", "draw", "flattened", "linear", "packed", "rechunked"]
+__all__ = [
+    "STATE", "STEP_CAPABILITIES", "Make", "arguments", "draw", "flattened", "linear", "packed", "rechunked", "step_arguments",
+    "whole",
+]  # fmt: skip
 
 Inputs = dict[str, Any]
 Make = Callable[[torch.Generator], Inputs]
 STATE = ("S", "n", "m")
+STEP_CAPABILITIES = {
+    "cpu": "yes, in plain torch",
+    "cuda": "yes, one kernel that reads and writes a state once",
+    "backward": "yes, in plain torch",
+    "grouped heads": "any H that is a multiple of Hkv",
+    "compile": "yes, fullgraph; in CUDA graphs too",
+    "head width": "any, D != Dv",
+    "float64": "yes, in plain torch",
+}
 
 
 def arguments(inputs: Inputs) -> Inputs:
@@ -22,6 +34,18 @@ def arguments(inputs: Inputs) -> Inputs:
     if "S" in inputs:
         plain["initial_state"] = RecurrentState(inputs["S"], inputs.get("n"), inputs.get("m"))
     return plain
+
+
+def step_arguments(inputs: Inputs) -> Inputs:
+    """The same of a step, which calls it `state`."""
+    plain = arguments(inputs)
+    return plain | {"state": plain.pop("initial_state")}
+
+
+def whole(inputs: Inputs) -> Inputs:
+    """Arguments of a step -> those of the operator on a sequence of one token."""
+    plain = {name: value[:, None] if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return plain | {"initial_state": plain.pop("state")}
 
 
 def flattened(result: tuple[Tensor, RecurrentState]) -> tuple[Tensor, ...]:

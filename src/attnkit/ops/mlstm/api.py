@@ -1,17 +1,13 @@
 """The mLSTM in its four forms: chunk by chunk, token by token, one token, all pairs."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from attnkit._core.checks import accumulator_dtype
 from attnkit._core.dispatch import choose
 from attnkit._core.errors import OptionError
-from attnkit.ops._chunkwise_core.call import check_gate, check_step
-from attnkit.ops._chunkwise_core.gates import LOWEST
 from attnkit.ops._chunkwise_core.state import RecurrentState
+from attnkit.ops._chunkwise_core.step import STEP_BACKENDS
 from attnkit.ops.mlstm.backends import BACKENDS
-from attnkit.ops.mlstm.call import check_options, parts_of, prepare
+from attnkit.ops.mlstm.call import prepare, prepare_step
 from attnkit.ops.mlstm.reference import MAX_PAIRS, parallel, recurrent
 
 __all__ = ["mlstm", "mlstm_parallel", "mlstm_recurrent", "mlstm_step"]
@@ -150,6 +146,7 @@ def mlstm_step(
     normalize: bool = True,
     scale: float | None = None,
     eps: float = 1e-6,
+    backend: str = "auto",
 ) -> tuple[Tensor, RecurrentState]:
     """One token of `mlstm`, for decoding.
 
@@ -158,10 +155,12 @@ def mlstm_step(
         i, f: [B, Hkv].
         state: what `mlstm` or an earlier step returned; it is left as it is.
         input_gate, normalize, scale, eps: as of `mlstm`.
+        backend: "auto", "triton" (no gradients) or "torch"; a named one never falls back.
     Returns:
         out [B, H, Dv] and the new state.
     Raises:
         ShapeError, DTypeError, OptionError, UnsupportedError: an argument is wrong.
+        BackendUnavailable: the named backend refuses; the message lists its reasons.
     Source: Beck et al. 2025 (arXiv:2503.14376).
 
     >>> import torch
@@ -172,23 +171,6 @@ def mlstm_step(
     >>> torch.allclose(ops.mlstm_step(q[:, 2], k[:, 2], v[:, 2], i[:, 2], f[:, 2], state)[0], out[:, 2], atol=1e-5)
     True
     """
-    check_options(input_gate, normalize, eps)
-    scale, state = check_step(q, k, v, scale, state, parts_of(input_gate, normalize))
-    i, f = check_gate("i", i, k), check_gate("f", f, k)
-    log_f = F.logsigmoid(f).clamp(min=LOWEST)
-    log_i, m = (i if input_gate == "exp" else F.logsigmoid(i)), state.m
-    if m is not None:
-        m = torch.maximum(log_f + m, log_i)
-        assert state.m is not None
-        log_f, log_i = log_f + state.m - m, log_i - m
-    acc = accumulator_dtype(q.dtype)
-    grouped = scale * q.unflatten(1, (k.shape[1], -1)).to(acc)  # [B, Hkv, G, D]
-    put = torch.exp(log_i)[..., None] * k.to(acc)
-    keep = torch.exp(log_f)[..., None]
-    S = keep[..., None] * state.S + put[..., None] * v[..., None, :]
-    out, n = grouped @ S, None
-    if state.n is not None:
-        n = keep * state.n + put
-        least = torch.ones_like(log_f) if m is None else torch.exp(-m)
-        out = out / (torch.maximum((grouped @ n[..., None]).abs(), least[..., None, None]) + eps)
-    return out.flatten(1, 2).to(q.dtype), RecurrentState(S, n, m)
+    call = prepare_step(q, k, v, i, f, state, input_gate=input_gate, normalize=normalize, scale=scale, eps=eps)
+    out, state = choose("mlstm_step", STEP_BACKENDS, backend, call).run(call)
+    return out, state

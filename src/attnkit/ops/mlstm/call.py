@@ -6,10 +6,11 @@ from torch import Tensor
 
 from attnkit._core.checks import check_choice
 from attnkit._core.errors import OptionError, UnsupportedError
-from attnkit.ops._chunkwise_core.call import RecurrentCall, check_gate, check_recurrent
+from attnkit.ops._chunkwise_core.call import RecurrentCall, check_gate, check_recurrent, check_step
 from attnkit.ops._chunkwise_core.state import RecurrentState
+from attnkit.ops._chunkwise_core.step import StepCall
 
-__all__ = ["INPUT_GATES", "MLSTMCall", "check_options", "parts_of", "prepare"]
+__all__ = ["INPUT_GATES", "MLSTMCall", "check_options", "parts_of", "prepare", "prepare_step"]
 
 INPUT_GATES = ("exp", "sigmoid")
 
@@ -69,3 +70,22 @@ def prepare(
     base = check_recurrent(q, k, v, scale, initial_state, cu_seqlens, chunk_size, parts_of(input_gate, normalize))
     i, f = check_gate("i", i, k), check_gate("f", f, k)
     return MLSTMCall(**vars(base), i=i, f=f, input_gate=input_gate, normalize=normalize, eps=float(eps))
+
+
+def prepare_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: RecurrentState,
+    *,
+    input_gate: str = "exp",
+    normalize: bool = True,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> StepCall:
+    """Check the arguments of `mlstm_step` (its docstring says what is raised)."""
+    check_options(input_gate, normalize, eps)
+    scale, state = check_step(q, k, v, scale, state, parts_of(input_gate, normalize))
+    return StepCall(q, k, v, check_gate("i", i, k), check_gate("f", f, k), state, input_gate, scale, float(eps))

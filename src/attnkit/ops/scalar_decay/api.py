@@ -5,14 +5,12 @@ import math
 import torch
 from torch import Tensor
 
-from attnkit._core.checks import accumulator_dtype
 from attnkit._core.dispatch import choose
 from attnkit._core.errors import OptionError
-from attnkit.ops._chunkwise_core.call import check_gate, check_step
-from attnkit.ops._chunkwise_core.gates import LOWEST
 from attnkit.ops._chunkwise_core.state import RecurrentState
+from attnkit.ops._chunkwise_core.step import STEP_BACKENDS
 from attnkit.ops.scalar_decay.backends import BACKENDS
-from attnkit.ops.scalar_decay.call import prepare, prepare_lightning
+from attnkit.ops.scalar_decay.call import prepare, prepare_lightning, prepare_step
 
 __all__ = ["lightning_attention", "lightning_slopes", "scalar_decay_attention", "scalar_decay_step"]
 
@@ -110,7 +108,14 @@ def lightning_attention(
 
 
 def scalar_decay_step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: RecurrentState, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    state: RecurrentState,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, RecurrentState]:
     """One token of `scalar_decay_attention`, for decoding; with g = -slopes, of `lightning_attention`.
 
@@ -119,18 +124,17 @@ def scalar_decay_step(
         g: [B, Hkv], log decays.
         state: what an earlier call returned; it is left as it is.
         scale: of q; None means 1/sqrt(D).
+        backend: "auto", "triton" (no gradients) or "torch"; a named one never falls back.
     Returns:
         out [B, H, Dv] and the new state.
     Raises:
         ShapeError, DTypeError, OptionError: an argument is wrong.
+        BackendUnavailable: the named backend refuses; the message lists its reasons.
     Source: Ling Team 2025 (arXiv:2510.19338).
     """
-    scale, state = check_step(q, k, v, scale, state, "S")
-    keep = torch.exp(check_gate("g", g, k).clamp(min=LOWEST))
-    acc = accumulator_dtype(q.dtype)
-    S = keep[..., None, None] * state.S + k.to(acc)[..., None] * v[..., None, :]
-    out = (scale * q.unflatten(1, (k.shape[1], -1)).to(acc)) @ S
-    return out.flatten(1, 2).to(q.dtype), RecurrentState(S)
+    call = prepare_step(q, k, v, g, state, scale=scale)
+    out, state = choose("scalar_decay_step", STEP_BACKENDS, backend, call).run(call)
+    return out, state
 
 
 def lightning_slopes(

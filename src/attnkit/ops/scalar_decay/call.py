@@ -7,11 +7,12 @@ from torch import Tensor
 
 from attnkit._core.checks import accumulator_dtype, check_dtype, dims
 from attnkit._core.errors import InputError, OptionError
-from attnkit.ops._chunkwise_core.call import RecurrentCall, check_gate, check_recurrent
+from attnkit.ops._chunkwise_core.call import RecurrentCall, check_gate, check_recurrent, check_step
 from attnkit.ops._chunkwise_core.gates import LOWEST
 from attnkit.ops._chunkwise_core.state import RecurrentState
+from attnkit.ops._chunkwise_core.step import StepCall
 
-__all__ = ["ScalarDecayCall", "prepare", "prepare_lightning"]
+__all__ = ["ScalarDecayCall", "prepare", "prepare_lightning", "prepare_step"]
 
 
 @dataclass
@@ -65,6 +66,12 @@ def prepare_lightning(
     if _readable(slopes) and not bool(((slopes >= 0) & torch.isfinite(slopes)).all()):
         raise OptionError(f"slopes are {slopes.tolist()[:8]}; they must be finite and not negative: a decay is exp(-slope)")
     return ScalarDecayCall(**vars(base), g=(-slopes.to(acc)).expand(k.shape[:-1]))
+
+
+def prepare_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: RecurrentState, *, scale: float | None = None) -> StepCall:
+    """Check the arguments of `scalar_decay_step` (its docstring says what is raised)."""
+    scale, state = check_step(q, k, v, scale, state, "S")
+    return StepCall(q, k, v, None, check_gate("g", g, k), state, "decay", scale)
 
 
 def _readable(x: Tensor) -> bool:

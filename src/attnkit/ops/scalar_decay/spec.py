@@ -9,10 +9,23 @@ from torch import Tensor
 from attnkit._core.checks import FLOATS
 from attnkit._core.invariance import alone
 from attnkit._core.opspec import Case, OpSpec, Refusal
-from attnkit.ops._chunkwise_core.conformance import Make, arguments, draw, flattened, linear, packed, rechunked
-from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention
+from attnkit.ops._chunkwise_core.conformance import (
+    STEP_CAPABILITIES,
+    Make,
+    arguments,
+    draw,
+    flattened,
+    linear,
+    packed,
+    rechunked,
+    step_arguments,
+    whole,
+)
+from attnkit.ops._chunkwise_core.state import RecurrentState
+from attnkit.ops._chunkwise_core.step import STEP_BACKENDS
+from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
 from attnkit.ops.scalar_decay.backends import BACKENDS
-from attnkit.ops.scalar_decay.call import ScalarDecayCall, prepare, prepare_lightning
+from attnkit.ops.scalar_decay.call import ScalarDecayCall, prepare, prepare_lightning, prepare_step
 from attnkit.ops.scalar_decay.reference import MAX_PAIRS, parallel, recurrent
 
 __all__ = ["SPECS"]
@@ -119,6 +132,31 @@ def _shared(decay: str, gate: str) -> tuple[Case, ...]:
     )
 
 
+def _make_step(batch: int, heads: tuple[int, int], width: int = 16, width_v: int = 24, *, special: bool = False) -> Make:
+    """Log decays of which one is 0 and one -inf if `special`."""
+
+    def make(generator: torch.Generator) -> dict[str, Any]:
+        inputs = draw(generator, (batch,), heads, width, width_v, states=batch)
+        inputs["g"] = -torch.rand(batch, heads[1], generator=generator)
+        if special:
+            inputs["g"][0, 0], inputs["g"][0, 1] = 0, -torch.inf
+        return inputs
+
+    return make
+
+
+def _step_form(form: Callable[[ScalarDecayCall], Any]) -> Callable[..., tuple[Tensor, ...]]:
+    def run(**inputs: Any) -> tuple[Tensor, ...]:
+        out, *state = flattened(form(prepare(**whole(inputs))))
+        return out[:, 0], *state
+
+    return run
+
+
+def _step_row_scale(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: RecurrentState) -> Tensor:
+    return _step_form(parallel)(q=q.abs(), k=k.abs(), v=v.abs(), g=g, state=state.each(torch.abs))[0]
+
+
 _CHUNKS = Refusal("chunk_size that is no power of two from 16 on", "kernels have no other tiles")
 _LONG = Refusal(f'backend="reference" above {MAX_PAIRS} pairs of tokens', "it writes them all down")
 _TWICE = Refusal("a backward pass of the backward pass", "gradients are first order")
@@ -152,5 +190,27 @@ SPECS = (
         source="Ling Team 2025 (arXiv:2510.19338); Qin et al. 2024 (arXiv:2401.04658)",
         function=lightning_attention,
         refusals=(Refusal("slopes below 0 (checked on the CPU)", "states would grow without bound"), _CHUNKS, _LONG, _TWICE),
+    ),
+    OpSpec(
+        name="scalar_decay_step",
+        summary="one token of linear attention with scalar decay, for decoding",
+        source="Dao & Gu 2024 (arXiv:2405.21060)",
+        function=scalar_decay_step,
+        outputs=("out", "S"),
+        cases=(
+            Case("grouped heads", _make_step(2, (4, 2)), ("q", "k", "v", "g", "S"), ("g", "S")),
+            Case("wide heads, decays from none to all", _make_step(1, (6, 2), 300, 40, special=True), (), ("g", "S")),
+        ),
+        oracle=_step_form(recurrent),
+        naive=_step_form(recurrent),
+        prepare=prepare_step,
+        backends=STEP_BACKENDS,
+        dtypes=FLOATS,
+        sites=("O_out", "grad_out"),
+        row_scale=_step_row_scale,
+        arguments=step_arguments,
+        wide=("S",),
+        invariances=(alone(dict.fromkeys(("q", "k", "v", "g", "S"), 0), ("grouped heads",), ("triton",)),),
+        capabilities=STEP_CAPABILITIES,
     ),
 )

@@ -1,0 +1,41 @@
+"""Launching a step. No host synchronisation."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnkit._core.triton.launcher import launch
+from attnkit.ops._chunkwise_core._triton.step import step
+
+__all__ = ["run"]
+
+MOST_ROWS, MOST_COLUMNS = 256, 32  # of a tile: 32 KiB of state in registers; a row of it is a line of 128 bytes
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor | None, f: Tensor, S: Tensor, n: Tensor | None, m: Tensor | None,
+    gates: str, scale: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """out [B, H, Dv], S, n and m of one token (arguments as of `attnkit::recurrent_step`); no host synchronisation."""
+    batch, heads, width = k.shape
+    width_v, group = v.shape[-1], q.shape[1] // heads
+    q, k, v, S = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, S))
+    n = n if n is None or n.stride(-1) == 1 else n.contiguous()
+    out = q.new_empty(batch, q.shape[1], width_v)
+    new = [torch.empty(0 if t is None else t.shape, dtype=S.dtype, device=S.device) for t in (S, n, m)]
+    if out.numel():
+        strides: list[int] = []
+        for t, count in ((q, 2), (k, 2), (v, 2), (i, 2), (f, 2), (S, 3), (n, 2), (m, 2)):
+            strides += [0] * count if t is None else t.stride()[:count]
+        given = (None if t is None else new_t for t, new_t in zip((S, n, m), new, strict=True))
+        arguments = (q, k, v, i, f, S, n, m, out, *given, *strides, heads, width, width_v, scale, eps)
+        flags: dict[str, Any] = {
+            "GATES": gates, "NORMALIZE": n is not None, "GROUP": group, "BLOCK_G": triton.next_power_of_2(group),
+            "BLOCK_D": min(MOST_ROWS, max(16, triton.next_power_of_2(width))),
+            "BLOCK_V": min(MOST_COLUMNS, max(16, triton.next_power_of_2(width_v))),
+        }  # fmt: skip
+        grid = (batch * heads * triton.cdiv(width_v, flags["BLOCK_V"]),)
+        launch(step, grid, arguments, flags, num_warps=4)
+    return out, new[0], new[1], new[2]
