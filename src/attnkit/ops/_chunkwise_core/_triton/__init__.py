@@ -1,0 +1,1 @@
+"""The kernels of recurrences in chunks: gates, walk (states), outputs, and those of the backward pass."""
