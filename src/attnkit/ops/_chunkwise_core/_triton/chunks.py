@@ -7,7 +7,7 @@ large decay the sums are large and their differences small. `col` is lo less the
 import triton
 import triton.language as tl
 
-__all__ = ["between", "load_rows", "locate", "put_weight", "tile_at"]
+__all__ = ["between", "least", "load_rows", "locate", "put_weight", "tile_at"]
 
 
 @triton.jit
@@ -38,6 +38,14 @@ def load_rows(hi, lo, o_row, m_row):
 def between(hi_i, lo_i, hi_j, col_j, see):
     """exp(b_i - b_j + a_j) where row i sees row j, else 0; all arguments broadcast."""
     return tl.exp2(tl.where(see, (hi_i - hi_j) + (lo_i - col_j), float("-inf")))
+
+
+@triton.jit
+def least(m):
+    """exp(-m) for m of any size: what float32 would lose of m's product with log2(e) is a part of the result."""
+    y = m.to(tl.float64) * -1.4426950408889634
+    whole = tl.floor(y)
+    return tl.exp2(whole.to(tl.float32)) * tl.exp2((y - whole).to(tl.float32))
 
 
 @triton.jit

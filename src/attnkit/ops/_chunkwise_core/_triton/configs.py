@@ -5,10 +5,11 @@ Of `walk` they are rows and columns of a tile of the state. The width that picks
 
 from attnkit._core.triton.configs import Config, ConfigTable, Key
 
-__all__ = ["CONFIGS", "WIDEST"]
+__all__ = ["CONFIGS", "LONGEST_CHUNK", "WIDEST"]
 
 _WIDTHS = (16, 32, 64, 128, 256)
 WIDEST = _WIDTHS[-1]  # of keys, which a program holds whole
+LONGEST_CHUNK = 512  # whose gates a program holds
 
 
 def _by_width(kernel: str, bits: int, *configs: tuple[int, int, int, int]) -> dict[Key, Config]:

@@ -4,8 +4,7 @@ gates. Each program writes a tile of its own: a run repeats bit by bit."""
 import triton
 import triton.language as tl
 
-from attnkit._core.triton.maths import LOG2E
-from attnkit.ops._chunkwise_core._triton.chunks import between, load_rows, locate, put_weight, tile_at
+from attnkit.ops._chunkwise_core._triton.chunks import between, least, load_rows, locate, put_weight, tile_at
 
 __all__ = ["d_gates", "d_keys", "d_queries", "d_values", "row_factors"]
 
@@ -27,7 +26,7 @@ def row_factors(
     m_row = o_m < num_rows
     low = tl.full([BLOCK_M], 1.0, tl.float32)
     if m is not None:
-        low = tl.exp2(-LOG2E * tl.load(m + o_m * stride_mr + kv_head * stride_mh, mask=m_row, other=0.0))
+        low = least(tl.load(m + o_m * stride_mr + kv_head * stride_mh, mask=m_row, other=0.0))
     p_d_out = d_out + (o_m // length) * stride_gb + (o_m % length) * stride_gt
     b_d_m = tl.zeros([BLOCK_M], tl.float32)
     for g in tl.range(0, group):
@@ -87,7 +86,7 @@ def d_queries(
         b_ratio, b_delta = load_rows(ratio + head * num_rows + row, delta + head * num_rows + row, o_m, m_row)
         b_n = tl.load(sums + p_state * width + o_d, mask=m_d, other=0.0)
         acc = acc * b_ratio[:, None] + b_delta[:, None] * b_n[None, :]
-    acc *= (tl.exp2(b_hi + b_lo) * scale)[:, None]
+    acc *= (tl.exp2(b_hi) * tl.exp2(b_lo) * scale)[:, None]
     b_q = tile_at(q + batch * stride_qb + first * stride_qt + head * stride_qh, o_m, o_d, stride_qt, m_row, m_d)
     b_crossing = tl.sum(b_q.to(tl.float32) * acc, 1)
     k += batch * stride_kb + first * stride_kt + kv_head * stride_kh

@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnkit._core.triton.maths import LOG2E
-from attnkit.ops._chunkwise_core._triton.chunks import between, load_rows, locate, tile_at
+from attnkit.ops._chunkwise_core._triton.chunks import between, least, load_rows, locate, tile_at
 
 __all__ = ["outputs"]
 
@@ -36,7 +35,7 @@ def outputs(
     b_q = tile_at(q + batch * stride_qb + first * stride_qt + head * stride_qh, o_m, o_d, stride_qt, m_row, m_d)
     p_gate = kv_head * num_rows + row
     b_hi, b_lo = load_rows(hi + p_gate, lo + p_gate, o_m, m_row)
-    faded = tl.exp2(b_hi + b_lo) * scale
+    faded = tl.exp2(b_hi) * tl.exp2(b_lo) * scale
     p_state = chunk.to(tl.int64) * (heads // group) + kv_head
     b_state = tile_at(states + p_state * width * width_v, o_d, o_v, width_v, m_d, m_v)
     acc = tl.dot(b_q, b_state, input_precision=PRECISION) * faded[:, None]
@@ -62,7 +61,7 @@ def outputs(
         low = 1.0
         if m is not None:
             b_m = tl.load(m + (row + o_m) * stride_mr + kv_head * stride_mh, mask=m_row, other=0.0)
-            low = tl.exp2(-LOG2E * b_m)
+            low = least(b_m)
         if i_v == 0:
             tl.store(den + (row + o_m) * heads + head, b_den, mask=m_row)
         acc = acc / (tl.maximum(tl.abs(b_den), low) + eps)[:, None]

@@ -67,7 +67,7 @@ def walk(
         chunk = begin + step // SUBS
         p_chunk = (chunk_0 + chunk) * heads + head
         b_end_hi, b_end_lo = tl.load(end_hi + p_chunk), tl.load(end_lo + p_chunk)
-        total = tl.where(enters, tl.exp2(b_end_hi + b_end_lo), 1.0)
+        total = tl.where(enters, tl.exp2(b_end_hi) * tl.exp2(b_end_lo), 1.0)
         o_row = (step + begin * SUBS) * BLOCK_R + o_r
         m_row = o_row < rows
         b_x = tile_at(x + g * stride_xh, o_row.to(tl.int64), o_k, stride_xt, m_row, m_k)
@@ -85,7 +85,7 @@ def walk(
                 tl.store(passing + (i_k * tiles_v + i_v).to(tl.int64) * num_chunks * heads + p_chunk, passed)
         if REVERSE:
             b_hi, b_lo = load_rows(hi + p_gate, lo + p_gate, o_row, m_row)
-            faded = tl.where(m_row, tl.exp2(b_hi + b_lo) * scale, 0.0)
+            faded = tl.where(m_row, tl.exp2(b_hi) * tl.exp2(b_lo) * scale, 0.0)
             weight = faded
             if NORM:
                 p_own = (head * group + g) * num_rows + row_0
