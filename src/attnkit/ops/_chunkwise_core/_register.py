@@ -54,9 +54,7 @@ def _forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     return passes.forward(_problem(inputs))
 
 
-def _backward(
-    inputs: tuple[Any, ...], out: Tensor, den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None
-) -> passes.Gradients:
+def _backward(inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None) -> Any:
     p = _problem(inputs)
     return passes.backward(p, _rows(den, inputs[8]), _rows(d_out, inputs[8]), d_S, d_n)
 
@@ -85,7 +83,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Results:
     return out, q.new_empty(q.shape[:-1], dtype=acc), S, q.new_empty(num_seqs, *k.shape[-2:], dtype=acc)
 
 
-def _backward_fake(out: Tensor, den: Tensor, d_out: Tensor, d_S: Any, d_n: Any, *inputs: Any) -> Results:
+def _backward_fake(den: Tensor, d_out: Tensor, d_S: Any, d_n: Any, *inputs: Any) -> Results:
     q, k, v, decay, gain, m, *_ = inputs
     _, _, S, n = _forward_fake(*inputs)
     nothing, normalize = decay.new_empty(0), inputs[9]
@@ -110,9 +108,9 @@ def register(
         shaped = out.view(*q.shape[:-1], inputs[2].shape[-1]), None if den is None else den.view(q.shape[:-1]), S, n
         return tuple(q.new_empty(0, dtype=acc) if t is None else t for t in shaped)
 
-    def run_backward(out: Tensor, den: Tensor, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, *inputs: Any) -> Results:
+    def run_backward(den: Tensor, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, *inputs: Any) -> Results:
         q, k, v, decay, gain, m, *_ = inputs
-        g = backward(inputs, out, den if inputs[9] else None, d_out, d_S, d_n)
+        g = backward(inputs, den if inputs[9] else None, d_out, d_S, d_n)
         nothing = decay.new_empty(0)
         return (
             g.q.view(q.shape), g.k.view(k.shape), g.v.view(v.shape), g.decay.view(decay.shape),
@@ -123,20 +121,19 @@ def register(
 
     operator = define(f"{name}({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", run, _forward_fake)
     results = ", ".join(["Tensor"] * 8)
-    schema = f"{name}_backward(Tensor out, Tensor den, Tensor d_out, Tensor? d_S, Tensor? d_n, {_INPUTS}) -> ({results})"
+    schema = f"{name}_backward(Tensor den, Tensor d_out, Tensor? d_S, Tensor? d_n, {_INPUTS}) -> ({results})"
     backward_op = define(schema, run_backward, _backward_fake)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-        out, den = output[:2]
-        ctx.save_for_backward(*inputs[:_TENSORS], out if inputs[_TENSORS] else den, den)  # two empty ones, not normalised
+        ctx.save_for_backward(*inputs[:_TENSORS], output[1])
         ctx.options, ctx.out_shape, ctx.out_dtype = inputs[_TENSORS:], output[0].shape, output[0].dtype
         ctx.set_materialize_grads(False)  # nobody may ask for the gradient of a state
 
     def gradient(ctx: Any, d_out: Tensor | None, _: Tensor | None, d_S: Tensor | None, d_n: Tensor | None) -> Any:
-        *tensors, out, den = ctx.saved_tensors
+        *tensors, den = ctx.saved_tensors
         if d_out is None:
             d_out = tensors[0].new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-        found = backward_op(out, den, d_out, d_S, d_n if ctx.options[0] else None, *tensors, *ctx.options)
+        found = backward_op(den, d_out, d_S, d_n if ctx.options[0] else None, *tensors, *ctx.options)
         wanted = (*(t is not None for t in tensors[:5]), tensors[5] is not None and ctx.options[0], tensors[6] is not None,
                   tensors[7] is not None and ctx.options[0])  # fmt: skip
         return (*(grad if want else None for grad, want in zip(found, wanted, strict=True)), *[None] * 5)

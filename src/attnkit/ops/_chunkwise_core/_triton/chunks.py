@@ -1,7 +1,8 @@
 """Device functions that the kernels share: where a chunk lies, tiles of rows, what is left of one row at another.
 
 Sums of log decays are in base-2 logarithms, from the first row of the chunk on, each as two float32 numbers, hi + lo: after one
-large decay the sums are large and their differences small. `col` is lo less the logarithm of the row's weight.
+large decay the sums are large and their differences small. col_hi and col_lo are the same sum less the logarithm of the row's
+weight.
 """
 
 import triton
@@ -35,9 +36,9 @@ def load_rows(hi, lo, o_row, m_row):
 
 
 @triton.jit
-def between(hi_i, lo_i, hi_j, col_j, see):
+def between(hi_i, lo_i, col_hi, col_lo, see):
     """exp(b_i - b_j + a_j) where row i sees row j, else 0; all arguments broadcast."""
-    return tl.exp2(tl.where(see, (hi_i - hi_j) + (lo_i - col_j), float("-inf")))
+    return tl.exp2(tl.where(see, (hi_i - col_hi) + (lo_i - col_lo), float("-inf")))
 
 
 @triton.jit
@@ -49,6 +50,6 @@ def least(m):
 
 
 @triton.jit
-def put_weight(end_hi, end_lo, hi, col, m_row):
+def put_weight(end_hi, end_lo, col_hi, col_lo, m_row):
     """exp(e - b_j + a_j), what is left at the end of the chunk of what a row puts in; 0 where masked."""
-    return tl.exp2(tl.where(m_row, (end_hi - hi) + (end_lo - col), float("-inf")))
+    return tl.exp2(tl.where(m_row, (end_hi - col_hi) + (end_lo - col_lo), float("-inf")))

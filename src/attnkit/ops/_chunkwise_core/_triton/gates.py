@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from attnkit._core.triton.maths import LOG2E
 from attnkit.ops._chunkwise_core._triton.chunks import locate
 
 __all__ = ["apply_units", "chunk_maxima", "chunk_sums", "running_maxima", "scan_maxima"]
@@ -11,11 +10,11 @@ __all__ = ["apply_units", "chunk_maxima", "chunk_sums", "running_maxima", "scan_
 
 @triton.jit
 def chunk_sums(
-    decay, gain, hi, lo, col, end_hi, end_lo, chunk_start, chunk_len,
+    decay, gain, hi, lo, col_hi, col_lo, end_hi, end_lo, chunk_start, chunk_len,
     stride_db, stride_dt, stride_dh, stride_gb, stride_gt, stride_gh,
     num_rows, each, length, heads, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """hi, lo and col [Hkv, R] of decays and gains, and the sums of whole chunks [C, Hkv].
+    """hi, lo, col_hi and col_lo [Hkv, R] of decays and gains, and the sums of whole chunks [C, Hkv].
 
     Grid: (blocks of heads * C,).
     """
@@ -36,7 +35,10 @@ def chunk_sums(
     tl.store(lo + p_row, b_lo, mask=mask)
     if gain is not None:
         o_gain = batch * stride_gb + (first + o_l)[:, None] * stride_gt + o_h[None, :] * stride_gh
-        tl.store(col + p_row, b_lo - LOG2E * tl.load(gain + o_gain, mask=mask, other=0.0), mask=mask)
+        b -= tl.load(gain + o_gain, mask=mask, other=0.0).to(tl.float64) * 1.4426950408889634
+        b_hi = b.to(tl.float32)
+        tl.store(col_hi + p_row, b_hi, mask=mask)
+        tl.store(col_lo + p_row, tl.where(b_hi == float("inf"), 0.0, b - b_hi.to(tl.float64)).to(tl.float32), mask=mask)
     total = tl.sum(b_decay, 0)
     t_hi = total.to(tl.float32)
     p_end = chunk.to(tl.int64) * heads + o_h

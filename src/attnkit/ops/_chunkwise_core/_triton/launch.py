@@ -38,7 +38,7 @@ class _Problem:
     """A call: tensors [B, T, ...] as they come, packed ones with a batch of one.
 
     Attributes:
-        gates: hi, lo and col [Hkv, R], and the two parts of whole chunks [C, Hkv]; see `chunks`.
+        gates: hi, lo, col_hi and col_lo [Hkv, R], and the two parts of whole chunks [C, Hkv]; see `chunks`.
     """
 
     table: ChunkTable
@@ -74,19 +74,19 @@ class _Problem:
 
     def _sums(self) -> tuple[Tensor, ...]:
         t, heads = self.table, self.kv_heads
-        hi, lo, col = self.decay.new_empty(3, heads, t.num_rows).unbind()
+        hi, lo, *cols = self.decay.new_empty(2 if self.gain is None else 4, heads, t.num_rows).unbind()
         end_hi, end_lo = self.decay.new_empty(2, t.num_chunks, heads).unbind()
-        col = col if self.gain is not None else lo
+        cols = cols or [hi, lo]
         if t.num_rows and t.num_seqs:
             block_h = t.block_heads(heads)
             gain_strides = (0, 0, 0) if self.gain is None else self.gain.stride()
             arguments = (
-                self.decay, self.gain, hi, lo, col, end_hi, end_lo, t.chunk_start, t.chunk_len,
+                self.decay, self.gain, hi, lo, *cols, end_hi, end_lo, t.chunk_start, t.chunk_len,
                 *self.decay.stride(), *gain_strides, t.num_rows, t.each, t.length, heads,
             )  # fmt: skip
             grid = (-(-heads // block_h) * t.num_chunks,)
             launch(chunk_sums, grid, arguments, {"BLOCK_L": t.chunk_size, "BLOCK_H": block_h}, num_warps=4)
-        return hi, lo, col, end_hi, end_lo
+        return hi, lo, *cols, end_hi, end_lo
 
     def config(self, kernel: str) -> Config:
         """Tile sizes of one kernel for this call."""
@@ -235,69 +235,74 @@ def forward(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Tensor, Ten
     if out.numel():
         config = p.config("outputs")
         arguments = (
-            p.q, p.k, p.v, *p.gates[:3], p.m, w.states, w.sums, out, den, t.chunk_start, t.chunk_len,
-            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], p.kv_heads, 1, *p.shape(), p.eps,
+            p.q, p.k, p.v, *p.gates[:4], p.m, w.states, w.sums, out, den, t.chunk_start, t.chunk_len,
+            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *p.shape(), p.eps,
         )  # fmt: skip
         p.tiled(outputs, config, -(-p.width_v // p.columns(config)), p.heads, arguments)
     return out, den, w.last, w.last_n
 
 
 def backward(
-    inputs: tuple[Any, ...], out: Tensor, den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None
+    inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None
 ) -> Gradients:
-    """As `passes.backward`, from outputs too."""
+    """As `passes.backward`."""
     p = _Problem.of(inputs)
     t = p.table
+    d_out = _rows(d_out, inputs[8])
     states = _new_walk(p, False, p.k, p.v, p.S, p.n)
     _go(p, states)
-    d_out = _rows(d_out, inputs[8])
-    ratio = delta = d_m = None
-    if den is not None:
-        ratio, delta, d_m = _row_factors(p, out, den, d_out)
-    tiles = _walk_tiles(p)[3]
-    passing = p.decay.new_empty(tiles, t.num_chunks, p.kv_heads)
+    d_q, crossing, ratio, delta, unit = _d_queries(p, states, den, d_out)
+    passing = p.decay.new_empty(_walk_tiles(p)[3], t.num_chunks, p.kv_heads)
     start, start_n = (None if x is None else x.contiguous() for x in (d_S, d_n))
-    w = _new_walk(
-        p, True, p.q, d_out, start, start_n,
-        ratio=ratio, delta=delta, other=states.states, other_n=states.sums, passing=passing,
-    )  # fmt: skip
+    more = {"ratio": ratio, "delta": delta, "other": states.states, "other_n": states.sums, "passing": passing}
+    w = _new_walk(p, True, p.q, d_out, start, start_n, **more)
     _go(p, w)
+    d_k, d_v, sides = _d_keys_and_values(p, w, d_out)
     new, rows = p.decay.new_empty, (t.num_rows, p.kv_heads)
-    crossing, sides = new(p.heads, t.num_rows), new(3, p.kv_heads, t.num_rows).unbind()
-    d_q, d_k, d_v = (p.q.new_empty(t.num_rows, *x.shape[2:]) for x in (p.q, p.k, p.v))
-    strides = (*p.q.stride()[:3], *p.k.stride()[:3])
-    both = (*strides, *p.v.stride()[:3], *d_out.stride()[:3], *p.shape())
-    hi, lo, col, *ends = p.gates
-    if t.num_rows and t.num_seqs:
-        arguments = (p.q, p.k, p.v, d_out, hi, lo, col, ratio, delta, states.states, states.sums, d_q, crossing)
-        p.tiled(kb.d_queries, p.config("d_queries"), 1, p.heads, (*arguments, t.chunk_start, t.chunk_len, *both))
-        arguments = (p.q, p.k, p.v, d_out, *p.gates, ratio, delta, w.states, w.sums, d_k, *sides)
-        p.tiled(kb.d_keys, p.config("d_keys"), 1, p.kv_heads, (*arguments, t.chunk_start, t.chunk_len, *both))
-        config = p.config("d_values")
-        arguments = (p.q, p.k, d_out, *p.gates, ratio, w.states, d_v)
-        more = (t.chunk_start, t.chunk_len, *strides, *d_out.stride()[:3], *p.shape())
-        p.tiled(kb.d_values, config, -(-p.width_v // p.columns(config)), p.kv_heads, (*arguments, *more))
-    d_decay, d_gain = new(rows), new(rows)
+    d_decay, d_gain, d_m = new(rows), new(rows), None if unit is None else new(rows)
     if d_decay.numel():
         block_h = t.block_heads(p.kv_heads)
         flags = {"BLOCK_L": t.chunk_size, "BLOCK_H": block_h}
         arguments = (
-            crossing, *sides, passing, *ends, d_decay, d_gain, t.chunk_start, t.chunk_len,
-            t.num_rows, t.num_chunks, t.each, t.length, p.kv_heads, p.group, tiles,
+            crossing, *sides, unit, passing, *p.gates[4:], d_decay, d_gain, d_m, t.chunk_start, t.chunk_len,
+            t.num_rows, t.num_chunks, t.each, t.length, p.kv_heads, p.group, passing.shape[0],
         )  # fmt: skip
         launch(kb.d_gates, (-(-p.kv_heads // block_h) * t.num_chunks,), arguments, flags, num_warps=4)
-    return Gradients(d_q, d_k, d_v, d_decay, d_gain, d_m, w.last, w.last_n)
+    return Gradients(d_q, d_k, d_v, d_decay, d_gain, d_m, w.last, w.last_n)  # type: ignore[arg-type]
 
 
-def _row_factors(p: _Problem, out: Tensor, den: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _d_queries(p: _Problem, w: _Walk, den: Tensor | None, d_out: Tensor) -> tuple[Tensor, Tensor, Any, Any, Any]:
+    """d_q, what crosses rows before them [H, R], and what the normaliser makes of gradients [H, R], see the kernel."""
     t = p.table
-    ratio, delta = p.decay.new_empty(2, p.heads, t.num_rows).unbind()
-    d_m = p.decay.new_empty(t.num_rows, p.kv_heads)
-    if den.numel():
+    d_q, crossing = p.q.new_empty(t.num_rows, p.heads, p.width), p.decay.new_empty(p.heads, t.num_rows)
+    factors = (None, None, None) if den is None else p.decay.new_empty(3, p.heads, t.num_rows).unbind()
+    if d_q.numel():
+        den = None if den is None else den.contiguous()
         arguments = (
-            out.contiguous(), den.contiguous(), d_out, p.m, ratio, delta, d_m,
-            *d_out.stride()[:3], p.kv_heads, 1, t.num_rows, t.length, p.heads, p.group, p.width_v, p.eps,
+            p.q, p.k, p.v, d_out, den, p.m, *p.gates[:4], w.states, w.sums, d_q, crossing, *factors,
+            t.chunk_start, t.chunk_len, *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *d_out.stride()[:3],
+            *p.shape(), p.eps,
         )  # fmt: skip
-        flags = {"BLOCK_M": 32, "BLOCK_V": min(128, _power_of_two(p.width_v))}
-        launch(kb.row_factors, (-(-t.num_rows // 32) * p.kv_heads,), arguments, flags, num_warps=4)
-    return ratio, delta, d_m
+        p.tiled(kb.d_queries, p.config("d_queries"), 1, p.heads, arguments)
+    return d_q, crossing, *factors
+
+
+def _d_keys_and_values(p: _Problem, w: _Walk, d_out: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """d_k, d_v, and what goes from each row to later rows, to itself and to later chunks, [Hkv, R]."""
+    t = p.table
+    d_k, d_v = (p.q.new_empty(t.num_rows, *x.shape[2:]) for x in (p.k, p.v))
+    sides = p.decay.new_empty(3, p.kv_heads, t.num_rows).unbind()
+    if d_k.numel():
+        strides = (*p.q.stride()[:3], *p.k.stride()[:3])
+        arguments = (
+            p.q, p.k, p.v, d_out, *p.gates, w.ratio, w.delta, w.states, w.sums, d_k, *sides, t.chunk_start, t.chunk_len,
+            *strides, *p.v.stride()[:3], *d_out.stride()[:3], *p.shape(),
+        )  # fmt: skip
+        p.tiled(kb.d_keys, p.config("d_keys"), 1, p.kv_heads, arguments)
+        config = p.config("d_values")
+        arguments = (
+            p.q, p.k, d_out, *p.gates, w.ratio, w.states, d_v, t.chunk_start, t.chunk_len,
+            *strides, *d_out.stride()[:3], *p.shape(),
+        )  # fmt: skip
+        p.tiled(kb.d_values, config, -(-p.width_v // p.columns(config)), p.kv_heads, arguments)
+    return d_k, d_v, sides

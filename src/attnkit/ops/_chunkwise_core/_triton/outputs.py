@@ -10,15 +10,15 @@ __all__ = ["outputs"]
 
 @triton.jit
 def outputs(
-    q, k, v, hi, lo, col, m, states, sums, out, den, chunk_start, chunk_len,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh, stride_mr, stride_mh,
+    q, k, v, hi, lo, col_hi, col_lo, m, states, sums, out, den, chunk_start, chunk_len,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     num_rows, each, length, heads, group, width, width_v, scale, eps,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of `out`, contiguous [R, H, Dv], and with NORM `den` [R, H].
 
-    m [R, Hkv] may be None: the least denominator is 1 then. Grid: (tiles of Dv * tiles of rows * H * C,).
+    m, contiguous [R, Hkv], may be None: the least denominator is 1 then. Grid: (tiles of Dv * tiles of rows * H * C,).
     """
     pid = tl.program_id(0)
     tiles_v = tl.cdiv(width_v, BLOCK_V)
@@ -50,9 +50,9 @@ def outputs(
         m_key = o_n < count
         b_k = tile_at(k, o_n, o_d, stride_kt, m_key, m_d)
         b_v = tile_at(v, o_n, o_v, stride_vt, m_key, m_v)
-        b_hi_n, b_col = load_rows(hi + p_gate, col + p_gate, o_n, m_key)
+        b_col_hi, b_col_lo = load_rows(col_hi + p_gate, col_lo + p_gate, o_n, m_key)
         see = (o_m[:, None] >= o_n[None, :]) & m_row[:, None]
-        weight = between(b_hi[:, None], b_lo[:, None], b_hi_n[None, :], b_col[None, :], see)
+        weight = between(b_hi[:, None], b_lo[:, None], b_col_hi[None, :], b_col_lo[None, :], see)
         prob = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * weight * scale
         if NORM:
             b_den += tl.sum(prob, 1)
@@ -60,7 +60,7 @@ def outputs(
     if NORM:
         low = 1.0
         if m is not None:
-            b_m = tl.load(m + (row + o_m) * stride_mr + kv_head * stride_mh, mask=m_row, other=0.0)
+            b_m = tl.load(m + (row + o_m) * (heads // group) + kv_head, mask=m_row, other=0.0)
             low = least(b_m)
         if i_v == 0:
             tl.store(den + (row + o_m) * heads + head, b_den, mask=m_row)

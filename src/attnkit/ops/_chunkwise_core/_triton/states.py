@@ -10,7 +10,7 @@ __all__ = ["merge", "walk"]
 
 @triton.jit
 def walk(
-    x, y, hi, lo, col, end_hi, end_lo, ratio, delta, start, start_n, states, sums, last, last_n, left, other, other_n, passing,
+    x, y, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, start, start_n, states, sums, last, last_n, left, other, other_n, passing,
     cu_rows, first_chunk,
     stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, num_rows, num_chunks, each, length, heads, group, segments,
     width, width_v, scale,
@@ -94,8 +94,8 @@ def walk(
                 acc_n = acc_n * total + tl.sum(b_x.to(tl.float32) * (faded * b_delta)[:, None], 0)
             b_xw = b_x.to(tl.float32) * weight[:, None]
         else:
-            b_hi, b_col = load_rows(hi + p_gate, col + p_gate, o_row, m_row)
-            b_xw = b_x.to(tl.float32) * put_weight(b_end_hi, b_end_lo, b_hi, b_col, m_row)[:, None]
+            b_hi, b_lo = load_rows(col_hi + p_gate, col_lo + p_gate, o_row, m_row)
+            b_xw = b_x.to(tl.float32) * put_weight(b_end_hi, b_end_lo, b_hi, b_lo, m_row)[:, None]
             if NORM:
                 acc_n = acc_n * total + tl.sum(b_xw, 0)
         kept *= total
