@@ -38,7 +38,9 @@ def chunk_sums(
         b -= tl.load(gain + o_gain, mask=mask, other=0.0).to(tl.float64) * 1.4426950408889634
         b_hi = b.to(tl.float32)
         tl.store(col_hi + p_row, b_hi, mask=mask)
-        tl.store(col_lo + p_row, tl.where(b_hi == float("inf"), 0.0, b - b_hi.to(tl.float64)).to(tl.float32), mask=mask)
+        closed = b == float("inf")
+        rest = tl.where(closed, 0.0, b) - tl.where(closed, 0.0, b_hi).to(tl.float64)
+        tl.store(col_lo + p_row, rest.to(tl.float32), mask=mask)
     total = tl.sum(b_decay, 0)
     t_hi = total.to(tl.float32)
     p_end = chunk.to(tl.int64) * heads + o_h

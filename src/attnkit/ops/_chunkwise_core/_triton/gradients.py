@@ -116,7 +116,8 @@ def d_queries(
 
 @triton.jit
 def d_keys(
-    q, k, v, d_out, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, d_states, d_sums, d_k, crossed, own, put, chunk_start, chunk_len,
+    q, k, v, d_out, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, d_states, d_sums, d_k, crossed, own, put,
+    chunk_start, chunk_len,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh, num_rows, each, length, heads, group, width, width_v, scale,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
@@ -240,7 +241,9 @@ def d_gates(
     crossing, crossed, own, put, unit, passing, end_hi, end_lo, d_decay, d_gain, d_m, chunk_start, chunk_len,
     num_rows, num_chunks, each, length, heads, group, tiles, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """d_decay, d_gain and, where there is `unit` [H, R], d_m, all [R, Hkv]; the first is what passes each row, summed inside its chunk from what crosses it.
+    """d_decay, d_gain and, where there is `unit` [H, R], d_m, all [R, Hkv].
+
+    The first is what passes each row, summed inside its chunk from what crosses it.
 
     `passing` [tiles, C, Hkv] is what passes the whole chunk but for its decay. Grid: (blocks of heads * C,).
     """
@@ -263,8 +266,10 @@ def d_gates(
             b_unit += tl.load(unit + p_own, mask=mask, other=0.0)
     b_passing = tl.zeros([BLOCK_H], tl.float32)
     p_chunk = chunk.to(tl.int64) * heads + o_h
-    for tile in tl.range(0, tiles):
-        b_passing += tl.load(passing + tile * num_chunks.to(tl.int64) * heads + p_chunk, mask=m_h, other=0.0)
+    passing += p_chunk
+    for _ in tl.range(0, tiles):
+        b_passing += tl.load(passing, mask=m_h, other=0.0)
+        passing += num_chunks * heads
     total = tl.exp2(tl.load(end_hi + p_chunk, mask=m_h, other=0.0) + tl.load(end_lo + p_chunk, mask=m_h, other=0.0))
     through = b_passing * total
     b_decay = tl.cumsum(b_crossing, 0, reverse=True) + through[None, :] + tl.cumsum(b_put, 0) - b_put

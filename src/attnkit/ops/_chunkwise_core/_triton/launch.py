@@ -224,7 +224,7 @@ def _step(p: _Problem, w: _Walk, segments: int) -> None:
     launch(walk, grid, arguments, flags, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
-def forward(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+def forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """As `passes.forward`: out [R, H, Dv], what denominators are made of [R, H], S and n at the end."""
     p = _Problem.of(inputs)
     t = p.table
@@ -242,9 +242,7 @@ def forward(inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, Tensor, Ten
     return out, den, w.last, w.last_n
 
 
-def backward(
-    inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None
-) -> Gradients:
+def backward(inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None) -> Gradients:
     """As `passes.backward`."""
     p = _Problem.of(inputs)
     t = p.table

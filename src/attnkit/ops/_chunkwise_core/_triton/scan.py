@@ -64,14 +64,16 @@ def backward(
     place = torch.arange(num_rows, device=source.device)
     reaching = d_m.reshape(num_rows, heads).T.double()  # [H, R], since torch scans rows of memory best
     reaching = reaching.index_add(1, (bounds[1:] - 1).clamp(min=0), d_last.double().masked_fill(empty, 0).T)
-    own = rows.T == place
+    own = place == rows.T
     opens = torch.zeros(num_rows + 1, dtype=torch.bool, device=source.device).index_fill(0, bounds, True)[:-1]
     # the first row of the next run, R where there is none
     next_run = torch.where(own | opens, place, num_rows).flip(1).cummin(1).values.flip(1)
     next_run = torch.cat([next_run[:, 1:], next_run.new_full((heads, 1), num_rows)], 1)
     to_end = torch.cat([reaching.flip(1).cumsum(1).flip(1), reaching.new_zeros(heads, 1)], 1)
     rest = to_end[:, :-1] - to_end.gather(1, next_run)
-    passing, routed = (t.T.to(d_decay.dtype).reshape(source.shape) for t in (rest.masked_fill(own, 0), rest.masked_fill(~own, 0)))
+    passing, routed = (
+        t.T.to(d_decay.dtype).reshape(source.shape) for t in (rest.masked_fill(own, 0), rest.masked_fill(~own, 0))
+    )
     first = passing.reshape(num_rows, heads)[bounds[:-1].clamp(max=num_rows - 1)]
     return d_decay + passing, d_gain + routed, torch.where(empty, d_last, first)
 

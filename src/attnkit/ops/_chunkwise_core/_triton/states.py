@@ -10,10 +10,10 @@ __all__ = ["merge", "walk"]
 
 @triton.jit
 def walk(
-    x, y, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, start, start_n, states, sums, last, last_n, left, other, other_n, passing,
-    cu_rows, first_chunk,
-    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, num_rows, num_chunks, each, length, heads, group, segments,
-    width, width_v, scale,
+    x, y, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, start, start_n, states, sums, last, last_n, left,
+    other, other_n, passing, cu_rows, first_chunk,
+    stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, num_rows, num_chunks, each, length, heads, group,
+    segments, width, width_v, scale,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
     NORM: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -36,7 +36,10 @@ def walk(
         base = row_0 * 0
     else:
         batch, row_0, chunk_0 = seq * 0, tl.load(cu_rows + seq), tl.load(first_chunk + seq)
-        rows, chunks = (tl.load(cu_rows + seq + 1) - row_0).to(tl.int32), (tl.load(first_chunk + seq + 1) - chunk_0).to(tl.int32)
+        rows, chunks = (
+            (tl.load(cu_rows + seq + 1) - row_0).to(tl.int32),
+            (tl.load(first_chunk + seq + 1) - chunk_0).to(tl.int32),
+        )
         base = row_0
     a_piece = tl.cdiv(chunks, segments)
     begin = tl.minimum(segment * a_piece, chunks)
