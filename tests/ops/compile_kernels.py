@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnkit.ops._attention_core._triton import backward, forward
+from attnkit.ops._chunkwise_core._triton import gates, gradients, outputs, states
 from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
 
@@ -65,6 +66,38 @@ ROWS = tuple(
         ("bf16", "general", False),
     )
 )
+CHUNK_POINTERS = {
+    **dict.fromkeys(["x", "y", "q", "k", "v", "states", "other", "out", "d_out", "d_q", "d_k", "d_v", "d_states"], "input"),
+    **dict.fromkeys(("whole", "best"), "fp64"),
+    **dict.fromkeys(["cu_rows", "first_chunk", "chunk_seq", "chunk_start", "chunk_len", "place", "source"], "i64"),
+}
+TABLES = ("cu_rows", "first_chunk", "chunk_seq", "chunk_start", "chunk_len")
+NORMALISER = ("start_n", "sums", "last_n", "other_n", "ratio", "delta", "m", "den", "d_sums", "unit", "d_m")
+CHUNKS: dict[str, Any] = {
+    "BLOCK_M": 32, "BLOCK_D": 64, "BLOCK_K": 64, "BLOCK_V": 64, "BLOCK_L": 64, "BLOCK_R": 32, "BLOCK_H": 4, "BLOCK_C": 128,
+    "BLOCK": 1024, "NORM": True, "REVERSE": True, "PRECISION": "ieee",
+}  # fmt: skip
+# the type of q, flags, pointers that are absent, numbers that are 1
+CHUNK_VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]], ...] = (
+    ("bf16", CHUNKS, TABLES, ("group", "segments")),
+    ("fp16", CHUNKS | {"NORM": False}, NORMALISER, ("each", "heads", "num_seqs", "num_chunks")),
+    ("fp32", CHUNKS | {"REVERSE": False}, ("start", "left", "other", "other_n", "passing", "gain", "m0"), ("tiles", "eps")),
+)
+CHUNK_NUMBERS = ("num_rows", "each", "heads", *(f"stride_{x}b" for x in "xqdf"))  # one of them is the first after pointers
+CHUNK_KERNELS = {  # with the pointers that may be absent, besides tables
+    states.walk: "start start_n states sums last last_n left other other_n passing ratio delta",
+    states.merge: "start",
+    outputs.outputs: "m sums den",
+    gradients.d_queries: "den m sums ratio delta unit",
+    gradients.d_keys: "ratio delta d_sums",
+    gradients.d_values: "ratio",
+    gradients.d_gates: "unit d_m",
+    gates.chunk_sums: "gain",
+    gates.chunk_maxima: "",
+    gates.scan_maxima: "m0",
+    gates.running_maxima: "m0",
+    gates.apply_units: "m0",
+}
 ABSENT = {"sigmoid": ("m", "m_new"), "decay": ("i", "m", "m_new", "n", "n_new")}
 STATES = dict.fromkeys(
     ("f", "i", "S", "n", "m", "S_new", "n_new", "m_new"), "fp32"
@@ -94,6 +127,22 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def _compile_chunks(
+    kernel: Any, dtype: str, flags: dict[str, Any], absent: tuple[str, ...], ones: tuple[str, ...], capability: int
+) -> None:
+    signature, constants = {}, {}
+    absent = tuple(name for name in absent if name in TABLES or name in CHUNK_KERNELS[kernel].split())
+    numbers = kernel.arg_names[next(i for i, name in enumerate(kernel.arg_names) if name in CHUNK_NUMBERS) :]
+    for name in kernel.arg_names:
+        if name in flags or name in absent or name in ones:
+            signature[name], constants[name] = "constexpr", flags.get(name, None if name in absent else 1)
+        elif name in numbers:
+            signature[name] = "fp32" if name in ("scale", "eps") else "i32"
+        else:
+            signature[name] = "*" + CHUNK_POINTERS.get(name, "fp32").replace("input", dtype)
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
 if __name__ == "__main__":
     count = 0
     for capability in (80, 90):
@@ -107,6 +156,10 @@ if __name__ == "__main__":
         for kernel in (rows.entmax_fwd, rows.entmax_bwd):
             for dtype, flags in ROWS:
                 _compile(kernel, dtype, flags, capability)
+                count += 1
+        for kernel in CHUNK_KERNELS:
+            for variant in CHUNK_VARIANTS[: 1 if capability == 80 else None]:
+                _compile_chunks(kernel, *variant, capability)
                 count += 1
         for dtype, flags in STEPS:
             _compile(step, dtype, flags, capability)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from attnkit._core.checks import accumulator_dtype
+from attnkit._core.devices import current
 from attnkit._core.library import define, define_gradient
 from attnkit.ops._chunkwise_core import gates, passes
 from attnkit.ops._chunkwise_core.layout import ChunkLayout
 
-__all__ = ["layout_of", "register", "run_chunkwise", "run_gate_scan"]
+__all__ = ["layout_of", "register", "run_chunkwise", "run_chunkwise_triton", "run_gate_scan", "run_gate_scan_triton"]
 
 Results = tuple[Tensor, ...]
 _INPUTS = (
@@ -56,6 +57,20 @@ def _forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
 def _backward(inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None) -> Any:
     p = _problem(inputs)
     return passes.backward(p, _rows(den, inputs[8]), _rows(d_out, inputs[8]), d_S, d_n)
+
+
+def _triton_forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    from attnkit.ops._chunkwise_core._triton import launch  # Triton loads when a kernel runs
+
+    with current(inputs[0].device):
+        return launch.forward(inputs)
+
+
+def _triton_backward(inputs: tuple[Any, ...], *results: Any) -> passes.Gradients:
+    from attnkit.ops._chunkwise_core._triton import launch
+
+    with current(inputs[0].device):
+        return launch.backward(inputs, *results)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Results:
@@ -128,6 +143,7 @@ def register(
 
 
 run_chunkwise = register("chunkwise", _forward, _backward)
+run_chunkwise_triton = register("chunkwise_triton", _triton_forward, _triton_backward)
 
 _GATES = "Tensor log_f, Tensor i, Tensor? m0, Tensor? cu_seqlens, int chunk_size"
 
@@ -136,6 +152,19 @@ def _scan(log_f: Tensor, i: Tensor, m0: Tensor | None, cu_seqlens: Tensor | None
     layout = layout_of(i, cu_seqlens, chunk_size).trimmed()
     *rows, m_last, source = gates.forward(layout, _rows(log_f, cu_seqlens), _rows(i, cu_seqlens), m0)
     return *(t.view(i.shape) for t in rows), m_last, source.view(i.shape)
+
+
+def _scan_triton(*inputs: Any) -> Results:
+    from attnkit.ops._chunkwise_core._triton import scan
+
+    with current(inputs[1].device):
+        return scan.forward(*inputs)
+
+
+def _scan_triton_backward(*inputs: Any) -> Results:
+    from attnkit.ops._chunkwise_core._triton import scan
+
+    return scan.backward(*inputs)
 
 
 def _scan_fake(log_f: Tensor, i: Tensor, m0: Tensor | None, cu_seqlens: Tensor | None, chunk_size: int) -> Results:
@@ -158,17 +187,28 @@ def _scan_save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.has_m0 = inputs[2] is not None
 
 
-def _scan_gradient(ctx: Any, d_decay: Tensor, d_gain: Tensor, d_m: Tensor, d_last: Tensor, _: Any) -> Any:
-    source, cu_seqlens = ctx.saved_tensors
-    d_f, d_i, d_m0 = _scan_backward_op(d_decay, d_gain, d_m, d_last, source, cu_seqlens)
-    return d_f, d_i, d_m0 if ctx.has_m0 else None, None, None
+def _register_scan(name: str, forward: Callable[..., Results], backward: Callable[..., Results]) -> Callable[..., Results]:
+    """Define `attnkit::NAME` and its backward operator, and return what to call: (log_f, i, m0, cu_seqlens, chunk_size)."""
+    operator = define(f"{name}({_GATES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", forward, _scan_fake)
+    backward_op = define(
+        f"{name}_backward(Tensor d_decay, Tensor d_gain, Tensor d_m, Tensor d_last, Tensor source, Tensor? cu_seqlens) "
+        "-> (Tensor, Tensor, Tensor)",
+        backward,
+        lambda d_decay, d_gain, d_m, d_last, *_: (
+            torch.empty_like(d_decay),
+            torch.empty_like(d_decay),
+            torch.empty_like(d_last),
+        ),
+    )
+
+    def gradient(ctx: Any, d_decay: Tensor, d_gain: Tensor, d_m: Tensor, d_last: Tensor, _: Any) -> Any:
+        source, cu_seqlens = ctx.saved_tensors
+        d_f, d_i, d_m0 = backward_op(d_decay, d_gain, d_m, d_last, source, cu_seqlens)
+        return d_f, d_i, d_m0 if ctx.has_m0 else None, None, None
+
+    define_gradient(name, _scan_save, gradient)
+    return operator
 
 
-run_gate_scan = define(f"gate_scan({_GATES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _scan, _scan_fake)
-_scan_backward_op = define(
-    "gate_scan_backward(Tensor d_decay, Tensor d_gain, Tensor d_m, Tensor d_last, Tensor source, Tensor? cu_seqlens) "
-    "-> (Tensor, Tensor, Tensor)",
-    _scan_backward,
-    lambda d_decay, d_gain, d_m, d_last, *_: (torch.empty_like(d_decay), torch.empty_like(d_decay), torch.empty_like(d_last)),
-)
-define_gradient("gate_scan", _scan_save, _scan_gradient)
+run_gate_scan = _register_scan("gate_scan", _scan, _scan_backward)
+run_gate_scan_triton = _register_scan("gate_scan_triton", _scan_triton, _scan_triton_backward)

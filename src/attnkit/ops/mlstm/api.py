@@ -49,7 +49,7 @@ def mlstm(
         initial_state: what an earlier call returned, or a single state [1, ...] that all sequences begin with; None: nothing.
         chunk_size: rows of a chunk, a power of two from 16 on, which changes time and memory and no result.
         cu_seqlens: [N + 1] int32, boundaries of packed sequences.
-        backend: "auto", "torch" or "reference"; a named one never falls back.
+        backend: "auto", "triton", "torch" or "reference"; a named one never falls back.
     Returns:
         out [B, T, H, Dv] (packed [R, H, Dv]), and the state at the end of every sequence: S [N, Hkv, D, Dv], n [N, Hkv, D]
         and m [N, Hkv] in the accumulation dtype (n only where normalised, m only with exponential gates). Gradients flow

@@ -14,11 +14,15 @@ from attnkit.ops.mlstm.call import MLSTMCall
 __all__ = ["chunkwise", "restored"]
 
 
-def chunkwise(call: MLSTMCall, run: Callable[..., tuple[Tensor, ...]] = run_chunkwise) -> tuple[Tensor, RecurrentState]:
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+def chunkwise(call: MLSTMCall, run: Run = run_chunkwise, scan: Run = run_gate_scan) -> tuple[Tensor, RecurrentState]:
     """out and state.
 
     Args:
         run: what walks over the chunks.
+        scan: what finds the running maximum of exponential gates.
     """
     log_f = F.logsigmoid(call.f).clamp(min=LOWEST)
     S0, n0, m0 = (None, None, None) if call.state is None else call.state
@@ -26,7 +30,7 @@ def chunkwise(call: MLSTMCall, run: Callable[..., tuple[Tensor, ...]] = run_chun
     if call.input_gate == "exp":
         if call.state is not None and S0 is not None and n0 is not None and m0 is not None:
             S0, n0 = restored(S0, -m0), restored(n0, -m0)
-        decay, gain, m, m_last, _ = run_gate_scan(log_f, call.i, m0, call.cu_seqlens, call.chunk_size)
+        decay, gain, m, m_last, _ = scan(log_f, call.i, m0, call.cu_seqlens, call.chunk_size)
     else:
         decay, gain = log_f, F.logsigmoid(call.i)
     out, _, S, n = run(
