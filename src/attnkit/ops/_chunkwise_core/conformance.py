@@ -98,5 +98,10 @@ def linear(cases: tuple[str, ...], *, factor: float = 8.0) -> Invariance:
 def rechunked(size: int, cases: tuple[str, ...]) -> Invariance:
     """Where sequences are cut changes nothing."""
     return Invariance(
-        f"chunks of {size}", lambda inputs: inputs | {"chunk_size": size}, lambda name, output: output, cases, False, ("torch",)
+        f"chunks of {size}",
+        lambda inputs: inputs | {"chunk_size": size},
+        lambda name, output: output,
+        cases,
+        False,
+        ("triton", "torch"),
     )

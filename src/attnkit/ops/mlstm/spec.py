@@ -6,7 +6,7 @@ from torch import Tensor
 
 from attnkit._core.checks import FLOATS
 from attnkit._core.invariance import alone
-from attnkit._core.opspec import OpSpec, Refusal
+from attnkit._core.opspec import Budget, OpSpec, Refusal
 from attnkit.ops._chunkwise_core.conformance import arguments, flattened, linear, rechunked
 from attnkit.ops.mlstm.api import mlstm
 from attnkit.ops.mlstm.backends import BACKENDS
@@ -41,6 +41,8 @@ SPEC = OpSpec(
     row_scale=lambda **kwargs: row_scale(prepare(**kwargs)),
     arguments=arguments,
     wide=("S", "n", "m"),
+    # where eps outweighs the least denominator the gradient of a gate is a difference of two that are rounded before
+    budget=Budget(backward_ulps=10.0),
     invariances=(
         linear(("values around 2",)),
         rechunked(16, ("grouped heads", "packed, empty sequences, from states")),
@@ -49,7 +51,7 @@ SPEC = OpSpec(
     ),
     capabilities={
         "cpu": "yes, chunk by chunk in plain torch",
-        "cuda": "yes, the same in plain torch; no kernels yet",
+        "cuda": "yes, Triton kernels where D is at most 256 and chunks have at most 512 rows, else plain torch",
         "backward": "yes, states and normaliser included; deterministic",
         "packed": "yes, empty sequences included",
         "grouped heads": "any H that is a multiple of Hkv; gates and states belong to the heads of k",

@@ -102,7 +102,7 @@ def _spec(name: str, gate: str, prepare: Prepare, cases: tuple[Case, ...], **tex
         ),
         capabilities={
             "cpu": "yes, chunk by chunk in plain torch",
-            "cuda": "yes, the same in plain torch; no kernels yet",
+            "cuda": "yes, Triton kernels where D is at most 256 and chunks have at most 512 rows, else plain torch",
             "backward": f"yes, {gate} and states included; deterministic",
             "packed": "yes, empty sequences included",
             "grouped heads": "any H that is a multiple of Hkv; decays and states belong to the heads of k",

@@ -8,6 +8,8 @@ weight.
 import triton
 import triton.language as tl
 
+from attnkit._core.triton.maths import LN2
+
 __all__ = ["between", "least", "load_rows", "locate", "put_weight", "tile_at"]
 
 
@@ -36,9 +38,16 @@ def load_rows(hi, lo, o_row, m_row):
 
 
 @triton.jit
-def between(hi_i, lo_i, col_hi, col_lo, see):
-    """exp(b_i - b_j + a_j) where row i sees row j, else 0; all arguments broadcast."""
-    return tl.exp2(tl.where(see, (hi_i - col_hi) + (lo_i - col_lo), float("-inf")))
+def between(hi_i, lo_i, col_hi, col_lo, see, dtype: tl.constexpr):
+    """exp(b_i - b_j + a_j) where row i sees row j, else 0; arguments broadcast. `dtype` is what will be multiplied."""
+    high, low = hi_i - col_hi, lo_i - col_lo
+    t = tl.where(see, high + low, float("-inf"))
+    weight = tl.exp2(t)
+    if dtype == tl.float32:  # what the sum lost is a part of the result
+        some = t > float("-inf")
+        lost = tl.where(some, low, 0.0) - (tl.where(some, t, 0.0) - tl.where(some, high, 0.0))
+        weight += weight * (LN2 * lost)
+    return weight
 
 
 @triton.jit

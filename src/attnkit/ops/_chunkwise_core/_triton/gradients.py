@@ -27,7 +27,7 @@ def _visit_keys(
     b_k = tile_at(k, o_n, o_d, stride_kt, m_key, o_d < width)
     b_col_hi, b_col_lo = load_rows(col_hi, col_lo, o_n, m_key)
     see = (o_m[:, None] >= o_n[None, :]) & m_row[:, None]
-    weight = between(b_hi[:, None], b_lo[:, None], b_col_hi[None, :], b_col_lo[None, :], see) * scale
+    weight = between(b_hi[:, None], b_lo[:, None], b_col_hi[None, :], b_col_lo[None, :], see, b_q.dtype) * scale
     return b_k, tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), weight, d_prob
 
 
@@ -173,11 +173,11 @@ def d_keys(
             b_q = tile_at(p_q, o_m, o_d, stride_qt, m_row, m_d)
             b_hi_m, b_lo_m = load_rows(hi + p_gate, lo + p_gate, o_m, m_row)
             see = (o_m[None, :] >= o_n[:, None]) & m_row[None, :]
-            weight = between(b_hi_m[None, :], b_lo_m[None, :], b_col_hi[:, None], b_col_lo[:, None], see)
+            weight = between(b_hi_m[None, :], b_lo_m[None, :], b_col_hi[:, None], b_col_lo[:, None], see, b_q.dtype)
             if NORM:
                 b_ratio, b_delta = load_rows(ratio + p_row, delta + p_row, o_m, m_row)
                 d_prob = d_prob * b_ratio[None, :] + b_delta[None, :]
-            d_score = d_prob * weight * scale
+            d_score = d_prob * (weight * scale)
             share = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * d_score
             b_crossed += tl.sum(tl.where(o_m[None, :] > o_n[:, None], share, 0.0), 1)
             b_own += tl.sum(tl.where(o_m[None, :] == o_n[:, None], share, 0.0), 1)
@@ -227,8 +227,8 @@ def d_values(
             b_d_out = tile_at(p_d_out, o_m, o_v, stride_gt, m_row, m_v)
             b_hi_m, b_lo_m = load_rows(hi + p_gate, lo + p_gate, o_m, m_row)
             see = (o_m[None, :] >= o_n[:, None]) & m_row[None, :]
-            weight = between(b_hi_m[None, :], b_lo_m[None, :], b_col_hi[:, None], b_col_lo[:, None], see)
-            prob = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * weight * scale
+            weight = between(b_hi_m[None, :], b_lo_m[None, :], b_col_hi[:, None], b_col_lo[:, None], see, b_q.dtype)
+            prob = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (weight * scale)
             if NORM:
                 prob *= tl.load(ratio + head * num_rows + row + o_m, mask=m_row, other=0.0)[None, :]
             acc = tl.dot(prob.to(b_d_out.dtype), b_d_out, acc, input_precision=PRECISION)

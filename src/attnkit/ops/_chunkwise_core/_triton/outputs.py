@@ -52,8 +52,8 @@ def outputs(
         b_v = tile_at(v, o_n, o_v, stride_vt, m_key, m_v)
         b_col_hi, b_col_lo = load_rows(col_hi + p_gate, col_lo + p_gate, o_n, m_key)
         see = (o_m[:, None] >= o_n[None, :]) & m_row[:, None]
-        weight = between(b_hi[:, None], b_lo[:, None], b_col_hi[None, :], b_col_lo[None, :], see)
-        prob = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * weight * scale
+        weight = between(b_hi[:, None], b_lo[:, None], b_col_hi[None, :], b_col_lo[None, :], see, b_q.dtype)
+        prob = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (weight * scale)
         if NORM:
             b_den += tl.sum(prob, 1)
         acc = tl.dot(prob.to(b_v.dtype), b_v, acc, input_precision=PRECISION)
