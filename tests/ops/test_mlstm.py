@@ -289,7 +289,7 @@ def test_memory_does_not_grow_with_the_square() -> None:
     inputs = (q, k, v, -decay.abs(), None, None, None, None, None, True, 0.25, 1e-6, 64)
     with Watch():
         out, den, _, _ = _register._forward(inputs)
-        _register._backward(inputs, den[None, ..., None, :].view(1, 16384, 1), out.view_as(v), None, None)
+        _register._backward(inputs, den[None, ..., None, :].view(1, 16384, 1), out.view_as(v), None, None, True)
     assert largest <= passes._ELEMENTS < 16384**2 / 64
 
 

@@ -54,7 +54,10 @@ def _forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     return passes.forward(_problem(inputs))
 
 
-def _backward(inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None) -> Any:
+def _backward(
+    inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, gates: bool
+) -> passes.Gradients:
+    del gates  # that of gates is computed beside the others
     p = _problem(inputs)
     return passes.backward(p, _rows(den, inputs[8]), _rows(d_out, inputs[8]), d_S, d_n)
 
@@ -83,12 +86,12 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Results:
     return out, q.new_empty(q.shape[:-1], dtype=acc), S, q.new_empty(num_seqs, *k.shape[-2:], dtype=acc)
 
 
-def _backward_fake(den: Tensor, d_out: Tensor, d_S: Any, d_n: Any, *inputs: Any) -> Results:
+def _backward_fake(den: Tensor, d_out: Tensor, d_S: Any, d_n: Any, gates: bool, *inputs: Any) -> Results:
     q, k, v, decay, gain, m, *_ = inputs
     _, _, S, n = _forward_fake(*inputs)
-    nothing, normalize = decay.new_empty(0), inputs[9]
-    d_gain, d_m = (nothing.clone() if t is None else decay.new_empty(decay.shape) for t in (gain, m if normalize else None))
-    return (*(t.new_empty(t.shape) for t in (q, k, v, decay)), d_gain, d_m, S, n)
+    there = (decay, gain, m if inputs[9] else None)
+    of_gates = (decay.new_empty(0 if t is None or not gates else decay.shape) for t in there)
+    return (*(t.new_empty(t.shape) for t in (q, k, v)), *of_gates, S, n)
 
 
 def register(
@@ -97,7 +100,8 @@ def register(
     """Define `attnkit::NAME` and its backward operator, and return what to call.
 
     (q, k, v, decay, gain, m, S, n, cu_seqlens, normalize, scale, eps, chunk_size) -> out, the sums that denominators are
-    made of, and the state's two parts; empty tensors stand for what is not there.
+    made of, and the state's two parts; empty tensors stand for what is not there. `backward` is told last whether anybody
+    wants the gradients of decay, gain and m, and may leave them out.
     """
 
     def run(*inputs: Any) -> Results:
@@ -108,20 +112,17 @@ def register(
         shaped = out.view(*q.shape[:-1], inputs[2].shape[-1]), None if den is None else den.view(q.shape[:-1]), S, n
         return tuple(q.new_empty(0, dtype=acc) if t is None else t for t in shaped)
 
-    def run_backward(den: Tensor, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, *inputs: Any) -> Results:
+    def run_backward(den: Tensor, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, gates: bool, *inputs: Any) -> Results:
         q, k, v, decay, gain, m, *_ = inputs
-        g = backward(inputs, den if inputs[9] else None, d_out, d_S, d_n)
-        nothing = decay.new_empty(0)
-        return (
-            g.q.view(q.shape), g.k.view(k.shape), g.v.view(v.shape), g.decay.view(decay.shape),
-            nothing if gain is None else g.gain.view(decay.shape),
-            nothing.clone() if m is None or g.m is None else g.m.view(decay.shape),
-            g.S, nothing.clone() if g.n is None else g.n,
-        )  # fmt: skip
+        g = backward(inputs, den if inputs[9] else None, d_out, d_S, d_n, gates)
+        of_gates = (g.decay, None if gain is None else g.gain, None if m is None else g.m)
+        shaped = (decay.new_empty(0) if t is None or not gates else t.view(decay.shape) for t in of_gates)
+        d_n0 = decay.new_empty(0) if g.n is None else g.n
+        return g.q.view(q.shape), g.k.view(k.shape), g.v.view(v.shape), *shaped, g.S, d_n0
 
     operator = define(f"{name}({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)", run, _forward_fake)
     results = ", ".join(["Tensor"] * 8)
-    schema = f"{name}_backward(Tensor den, Tensor d_out, Tensor? d_S, Tensor? d_n, {_INPUTS}) -> ({results})"
+    schema = f"{name}_backward(Tensor den, Tensor d_out, Tensor? d_S, Tensor? d_n, bool gates, {_INPUTS}) -> ({results})"
     backward_op = define(schema, run_backward, _backward_fake)
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -133,9 +134,17 @@ def register(
         *tensors, den = ctx.saved_tensors
         if d_out is None:
             d_out = tensors[0].new_zeros(ctx.out_shape, dtype=ctx.out_dtype)
-        found = backward_op(den, d_out, d_S, d_n if ctx.options[0] else None, *tensors, *ctx.options)
-        wanted = (*(t is not None for t in tensors[:5]), tensors[5] is not None and ctx.options[0], tensors[6] is not None,
-                  tensors[7] is not None and ctx.options[0])  # fmt: skip
+        gates = any(ctx.needs_input_grad[3:6])
+        found = backward_op(den, d_out, d_S, d_n if ctx.options[0] else None, gates, *tensors, *ctx.options)
+        here = [t is not None for t in tensors]
+        wanted = (
+            *here[:3],
+            gates,
+            here[4] and gates,
+            here[5] and gates and ctx.options[0],
+            here[6],
+            here[7] and ctx.options[0],
+        )
         return (*(grad if want else None for grad, want in zip(found, wanted, strict=True)), *[None] * 5)
 
     define_gradient(name, save, gradient)

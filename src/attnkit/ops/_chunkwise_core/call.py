@@ -77,7 +77,7 @@ def auto_chunk_size(width: int, width_v: int, longest: int) -> int:
 
     Packed sequences and separate ones of other lengths may differ in it, and so in the last bits.
     """
-    most = 128 if width * width_v > 128 * 128 else 64
+    most = 128 if width * width_v >= 128 * 128 else 64
     return min(most, max(16, 1 << max(longest - 1, 0).bit_length()))
 
 

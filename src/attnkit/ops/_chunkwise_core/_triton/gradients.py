@@ -39,7 +39,8 @@ def d_queries(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of d_q, contiguous [R, H, D], and of `crossing` [H, R]: what comes to each row from rows and states before it.
+    """A tile of d_q, contiguous [R, H, D], and of `crossing` [H, R] (or None): what comes to each row from rows and states
+    before it.
 
     NORM: also 1 / denominator, the gradient of q . n, and that of the unit, each [H, R]; den [R, H] and m [R, Hkv] (or None)
     are contiguous. Grid: (tiles of rows * H * C,).
@@ -106,10 +107,12 @@ def d_queries(
             stride_kt, stride_vt, stride_gt, width, width_v, scale, BLOCK_M, BLOCK_D, BLOCK_V, PRECISION,
         )  # fmt: skip
         d_score = (d_prob * b_ratio + b_delta) * weight
-        before = o_m[:, None] > (start + tl.arange(0, BLOCK_M))[None, :]
-        b_crossing += tl.sum(tl.where(before, score * d_score, 0.0), 1)
+        if crossing is not None:
+            before = o_m[:, None] > (start + tl.arange(0, BLOCK_M))[None, :]
+            b_crossing += tl.sum(tl.where(before, score * d_score, 0.0), 1)
         acc = tl.dot(d_score.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
-    tl.store(crossing + p_row, b_crossing, mask=m_row)
+    if crossing is not None:
+        tl.store(crossing + p_row, b_crossing, mask=m_row)
     p_d_q = ((row + o_m) * heads + head) * width
     tl.store(d_q + p_d_q[:, None] + o_d[None, :], acc.to(d_q.dtype.element_ty), mask=m_row[:, None] & m_d[None, :])
 
@@ -123,8 +126,8 @@ def d_keys(
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_L: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of d_k, contiguous [R, Hkv, D], and of three [Hkv, R]: what goes from each row to later rows of its chunk, to
-    itself, and to later chunks.
+    """A tile of d_k, contiguous [R, Hkv, D], and of three [Hkv, R] (or None): what goes from each row to later rows of its
+    chunk, to itself, and to later chunks.
 
     `d_states` and `d_sums` are the gradients of S and n after each chunk. Scores are computed transposed, [keys, rows].
     Grid: (tiles of rows * Hkv * C,).
@@ -154,7 +157,8 @@ def d_keys(
     b_col_hi, b_col_lo = load_rows(col_hi + p_gate, col_lo + p_gate, o_n, m_key)
     acc *= put_weight(tl.load(end_hi + p_state), tl.load(end_lo + p_state), b_col_hi, b_col_lo, m_key)[:, None]
     b_k = tile_at(k + batch * stride_kb + first * stride_kt + kv_head * stride_kh, o_n, o_d, stride_kt, m_key, m_d)
-    tl.store(put + p_gate + o_n, tl.sum(b_k.to(tl.float32) * acc, 1), mask=m_key)
+    if put is not None:
+        tl.store(put + p_gate + o_n, tl.sum(b_k.to(tl.float32) * acc, 1), mask=m_key)
     b_crossed, b_own = tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for g in tl.range(0, group):
         head = kv_head * group + g
@@ -178,12 +182,14 @@ def d_keys(
                 b_ratio, b_delta = load_rows(ratio + p_row, delta + p_row, o_m, m_row)
                 d_prob = d_prob * b_ratio[None, :] + b_delta[None, :]
             d_score = d_prob * (weight * scale)
-            share = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * d_score
-            b_crossed += tl.sum(tl.where(o_m[None, :] > o_n[:, None], share, 0.0), 1)
-            b_own += tl.sum(tl.where(o_m[None, :] == o_n[:, None], share, 0.0), 1)
+            if put is not None:
+                share = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * d_score
+                b_crossed += tl.sum(tl.where(o_m[None, :] > o_n[:, None], share, 0.0), 1)
+                b_own += tl.sum(tl.where(o_m[None, :] == o_n[:, None], share, 0.0), 1)
             acc = tl.dot(d_score.to(b_q.dtype), b_q, acc, input_precision=PRECISION)
-    tl.store(crossed + p_gate + o_n, b_crossed, mask=m_key)
-    tl.store(own + p_gate + o_n, b_own, mask=m_key)
+    if put is not None:
+        tl.store(crossed + p_gate + o_n, b_crossed, mask=m_key)
+        tl.store(own + p_gate + o_n, b_own, mask=m_key)
     p_d_k = ((row + o_n) * kv_heads + kv_head) * width
     tl.store(d_k + p_d_k[:, None] + o_d[None, :], acc.to(d_k.dtype.element_ty), mask=m_key[:, None] & m_d[None, :])
 

@@ -242,20 +242,24 @@ def forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     return out, den, w.last, w.last_n
 
 
-def backward(inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None) -> Gradients:
-    """As `passes.backward`."""
+def backward(
+    inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, gates: bool
+) -> Gradients:
+    """As `passes.backward`; None stands for the gradients of decay, gain and m unless `gates`."""
     p = _Problem.of(inputs)
     t = p.table
     d_out = _rows(d_out, inputs[8])
     states = _new_walk(p, False, p.k, p.v, p.S, p.n)
     _go(p, states)
-    d_q, crossing, ratio, delta, unit = _d_queries(p, states, den, d_out)
-    passing = p.decay.new_empty(_walk_tiles(p)[3], t.num_chunks, p.kv_heads)
+    d_q, crossing, ratio, delta, unit = _d_queries(p, states, den, d_out, gates)
+    passing = p.decay.new_empty(_walk_tiles(p)[3], t.num_chunks, p.kv_heads) if gates else None
     start, start_n = (None if x is None else x.contiguous() for x in (d_S, d_n))
     more = {"ratio": ratio, "delta": delta, "other": states.states, "other_n": states.sums, "passing": passing}
     w = _new_walk(p, True, p.q, d_out, start, start_n, **more)
     _go(p, w)
-    d_k, d_v, sides = _d_keys_and_values(p, w, d_out)
+    d_k, d_v, sides = _d_keys_and_values(p, w, d_out, gates)
+    if passing is None:
+        return Gradients(d_q, d_k, d_v, None, None, None, w.last, w.last_n)  # type: ignore[arg-type]
     new, rows = p.decay.new_empty, (t.num_rows, p.kv_heads)
     d_decay, d_gain, d_m = new(rows), new(rows), None if unit is None else new(rows)
     if d_decay.numel():
@@ -269,10 +273,10 @@ def backward(inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Te
     return Gradients(d_q, d_k, d_v, d_decay, d_gain, d_m, w.last, w.last_n)  # type: ignore[arg-type]
 
 
-def _d_queries(p: _Problem, w: _Walk, den: Tensor | None, d_out: Tensor) -> tuple[Tensor, Tensor, Any, Any, Any]:
+def _d_queries(p: _Problem, w: _Walk, den: Tensor | None, d_out: Tensor, gates: bool) -> tuple[Tensor, Any, Any, Any, Any]:
     """d_q, what crosses rows before them [H, R], and what the normaliser makes of gradients [H, R], see the kernel."""
     t = p.table
-    d_q, crossing = p.q.new_empty(t.num_rows, p.heads, p.width), p.decay.new_empty(p.heads, t.num_rows)
+    d_q, crossing = p.q.new_empty(t.num_rows, p.heads, p.width), p.decay.new_empty(p.heads, t.num_rows) if gates else None
     factors = (None, None, None) if den is None else p.decay.new_empty(3, p.heads, t.num_rows).unbind()
     if d_q.numel():
         den = None if den is None else den.contiguous()
@@ -285,11 +289,11 @@ def _d_queries(p: _Problem, w: _Walk, den: Tensor | None, d_out: Tensor) -> tupl
     return d_q, crossing, *factors
 
 
-def _d_keys_and_values(p: _Problem, w: _Walk, d_out: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def _d_keys_and_values(p: _Problem, w: _Walk, d_out: Tensor, gates: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """d_k, d_v, and what goes from each row to later rows, to itself and to later chunks, [Hkv, R]."""
     t = p.table
     d_k, d_v = (p.q.new_empty(t.num_rows, *x.shape[2:]) for x in (p.k, p.v))
-    sides = p.decay.new_empty(3, p.kv_heads, t.num_rows).unbind()
+    sides = p.decay.new_empty(3, p.kv_heads, t.num_rows).unbind() if gates else (None, None, None)
     if d_k.numel():
         strides = (*p.q.stride()[:3], *p.k.stride()[:3])
         arguments = (
