@@ -106,6 +106,7 @@ def test_a_run_repeats_bit_by_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_no_call_waits_for_the_device() -> None:
     inputs = [x.detach()[0].requires_grad_() for x in _draw(700, heads=(2, 2), width=64, width_v=64)]
     cu = torch.tensor([0, 17, 17, 700], dtype=torch.int32, device=DEVICE)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,10 @@ class RecurrentCall:
     state: RecurrentState | None
     cu_seqlens: Tensor | None
     chunk_size: int
+
+    def parts(self) -> tuple[Any, ...]:
+        """All of it, in order: what an operator's own call begins with (torch.compile cannot read `vars`)."""
+        return self.q, self.k, self.v, self.scale, self.state, self.cu_seqlens, self.chunk_size
 
     @property
     def longest(self) -> int:
