@@ -67,7 +67,9 @@ ROWS = tuple(
     )
 )
 CHUNK_POINTERS = {
-    **dict.fromkeys(["x", "y", "q", "k", "v", "states", "other", "out", "d_out", "d_q", "d_k", "d_v", "d_states"], "input"),
+    **dict.fromkeys(
+        ["x", "y", "q", "k", "v", "states", "other", "out", "d_out", "d_q", "d_k", "d_v", "d_states", "rest"], "input"
+    ),
     **dict.fromkeys(("whole", "best"), "fp64"),
     **dict.fromkeys(["cu_rows", "first_chunk", "chunk_seq", "chunk_start", "chunk_len", "place", "source"], "i64"),
 }
@@ -81,15 +83,20 @@ CHUNKS: dict[str, Any] = {
 CHUNK_VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]], ...] = (
     ("bf16", CHUNKS, TABLES, ("group", "segments")),
     ("fp16", CHUNKS | {"NORM": False}, NORMALISER, ("each", "heads", "num_seqs", "num_chunks")),
-    ("fp32", CHUNKS | {"REVERSE": False}, ("start", "left", "other", "other_n", "passing", "gain", "m0"), ("tiles", "eps")),
+    (
+        "fp32",
+        CHUNKS | {"REVERSE": False},
+        ("start", "left", "other", "other_n", "passing", "gain", "m0", "rest"),
+        ("tiles", "eps"),
+    ),
 )
 CHUNK_NUMBERS = ("num_rows", "each", "heads", *(f"stride_{x}b" for x in "xqdf"))  # one of them is the first after pointers
 CHUNK_KERNELS = {  # with the pointers that may be absent, besides tables
-    states.walk: "start start_n states sums last last_n left other other_n passing ratio delta",
+    states.walk: "start start_n states rest sums last last_n left other other_n passing ratio delta",
     states.merge: "start",
     outputs.outputs: "m sums den",
     gradients.d_queries: "den m sums ratio delta unit",
-    gradients.d_keys: "ratio delta d_sums",
+    gradients.d_keys: "ratio delta d_sums rest",
     gradients.d_values: "ratio",
     gradients.d_gates: "unit d_m",
     gates.chunk_sums: "gain",

@@ -35,9 +35,12 @@ class RecurrentCall:
     cu_seqlens: Tensor | None
     chunk_size: int
 
-    def parts(self) -> tuple[Any, ...]:
-        """All of it, in order: what an operator's own call begins with (torch.compile cannot read `vars`)."""
-        return self.q, self.k, self.v, self.scale, self.state, self.cu_seqlens, self.chunk_size
+    def parts(self) -> dict[str, Any]:
+        """All of it, which an operator's own call has too (not `vars`, which torch 2.11 does not compile)."""
+        return {
+            "q": self.q, "k": self.k, "v": self.v, "scale": self.scale, "state": self.state, "cu_seqlens": self.cu_seqlens,
+            "chunk_size": self.chunk_size,
+        }  # fmt: skip
 
     @property
     def longest(self) -> int:

@@ -69,7 +69,7 @@ def prepare(
     check_options(input_gate, normalize, eps)
     base = check_recurrent(q, k, v, scale, initial_state, cu_seqlens, chunk_size, parts_of(input_gate, normalize))
     i, f = check_gate("i", i, k), check_gate("f", f, k)
-    return MLSTMCall(*base.parts(), i=i, f=f, input_gate=input_gate, normalize=normalize, eps=float(eps))
+    return MLSTMCall(**base.parts(), i=i, f=f, input_gate=input_gate, normalize=normalize, eps=float(eps))
 
 
 def prepare_step(

@@ -20,7 +20,8 @@ def recurrent(call: MLSTMCall, *, rounded: bool = False) -> Result:
     """Token by token, in the accumulation dtype with one rounding of each output; differentiable by autograd.
 
     Args:
-        rounded: products take operands in q's dtype, as matrix units do: the plain form that error budgets refer to.
+        rounded: products take operands in q's dtype, as matrix units do, those of the gradient too: the plain form that error
+            budgets refer to.
     """
     outs, states = [], []
     for rows, seqs in sequences(call):
@@ -51,7 +52,10 @@ def _recurrent(
             highest = torch.maximum(log_f + m, log_i)
             keep, put, m = (log_f + m - highest).exp(), (log_i - highest).exp(), highest
             low = torch.exp(-m).repeat_interleave(group, 1)
-        C = keep[..., None, None] * C + cut(put[..., None] * k_t)[..., None] * v_t[..., None, :]
+        product = cut(put[..., None] * k_t)[..., None] * v_t[..., None, :]
+        if rounded and product.requires_grad:
+            product.register_hook(cut)  # the gradient of the state is multiplied by k and v
+        C = keep[..., None, None] * C + product
         q_t = call.scale * q_t
         h = torch.einsum("bhk,bhkv->bhv", cut(q_t), cut(C).repeat_interleave(group, 1))
         if call.normalize:

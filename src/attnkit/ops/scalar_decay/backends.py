@@ -30,13 +30,20 @@ def _torch(call: ScalarDecayCall) -> tuple[Tensor, RecurrentState]:
     return _walk(call, run_chunkwise)
 
 
+def _triton_refuses(call: ScalarDecayCall) -> list[str]:
+    reasons = triton_refuses(call)
+    if call.g.requires_grad and call.g.stride(0) == 0 and call.q.element_size() == 2:
+        reasons.append("gradients of slopes (they add up over all tokens what one rounding of a state to 16 bits costs)")
+    return reasons
+
+
 def _too_long(call: ScalarDecayCall) -> list[str]:
     pairs = call.longest**2
     return [f"{pairs} pairs of tokens; it writes them all down and stops at {MAX_PAIRS}"] if pairs > MAX_PAIRS else []
 
 
 BACKENDS: tuple[Backend[ScalarDecayCall], ...] = (
-    Backend("triton", _triton, triton_refuses, triton_avoids),
+    Backend("triton", _triton, _triton_refuses, triton_avoids),
     Backend("torch", _torch, lambda call: []),
     Backend("reference", parallel, _too_long, avoids=only_when_named),
 )

@@ -42,7 +42,7 @@ def prepare(
     g = check_gate("g", g, k)
     if _readable(g) and bool((g > 0).any()):
         raise OptionError(f"g goes up to {float(g.max()):.3g}; log decays must not be above 0, where states grow without bound")
-    return ScalarDecayCall(*base.parts(), g=g.clamp(min=LOWEST))
+    return ScalarDecayCall(**base.parts(), g=g.clamp(min=LOWEST))
 
 
 def prepare_lightning(
@@ -65,7 +65,7 @@ def prepare_lightning(
         raise InputError(f"slopes are on {slopes.device} but k is on {k.device}; move one of them")
     if _readable(slopes) and not bool(((slopes >= 0) & torch.isfinite(slopes)).all()):
         raise OptionError(f"slopes are {slopes.tolist()[:8]}; they must be finite and not negative: a decay is exp(-slope)")
-    return ScalarDecayCall(*base.parts(), g=(-slopes.to(acc)).expand(k.shape[:-1]))
+    return ScalarDecayCall(**base.parts(), g=(-slopes.to(acc)).expand(k.shape[:-1]))
 
 
 def prepare_step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: RecurrentState, *, scale: float | None = None) -> StepCall:

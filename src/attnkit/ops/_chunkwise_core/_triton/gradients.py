@@ -119,7 +119,7 @@ def d_queries(
 
 @triton.jit
 def d_keys(
-    q, k, v, d_out, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, d_states, d_sums, d_k, crossed, own, put,
+    q, k, v, d_out, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, d_states, rest, d_sums, d_k, crossed, own, put,
     chunk_start, chunk_len,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_gb, stride_gt, stride_gh, num_rows, each, length, heads, group, width, width_v, scale,
@@ -129,7 +129,8 @@ def d_keys(
     """A tile of d_k, contiguous [R, Hkv, D], and of three [Hkv, R] (or None): what goes from each row to later rows of its
     chunk, to itself, and to later chunks.
 
-    `d_states` and `d_sums` are the gradients of S and n after each chunk. Scores are computed transposed, [keys, rows].
+    `d_states` and `d_sums` are the gradients of S and n after each chunk; `rest` (or None) is what rounding took from the
+    first: `put` is a small difference of what comes of both. Scores are computed transposed, [keys, rows].
     Grid: (tiles of rows * Hkv * C,).
     """
     pid = tl.program_id(0)
@@ -151,6 +152,9 @@ def d_keys(
         b_v = tile_at(v, o_n, start + o_v, stride_vt, m_key, m_v)
         b_state = tile_at(d_states + p_state * width * width_v, o_d, start + o_v, width_v, m_d, m_v)
         acc = tl.dot(b_v, tl.trans(b_state), acc, input_precision=PRECISION)
+        if rest is not None:
+            b_rest = tile_at(rest + p_state * width * width_v, o_d, start + o_v, width_v, m_d, m_v)
+            acc = tl.dot(b_v, tl.trans(b_rest), acc, input_precision=PRECISION)
     if NORM:
         acc += tl.load(d_sums + p_state * width + o_d, mask=m_d, other=0.0)[None, :]
     p_gate = kv_head * num_rows + row

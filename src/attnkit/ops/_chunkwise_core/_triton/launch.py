@@ -135,6 +135,7 @@ class _Walk:
         states, sums: [C, Hkv, ...], what it leaves at each chunk.
         last, last_n: where it ends.
         passing: [tiles, C, Hkv], backward.
+        rest: what rounding takes from `states`, backward, in 16 bits, where gates have gradients.
     """
 
     reverse: bool
@@ -152,6 +153,7 @@ class _Walk:
     other_n: Tensor | None = None
     passing: Tensor | None = None
     left: Tensor | None = None
+    rest: Tensor | None = None
 
 
 def _new_walk(
@@ -186,7 +188,7 @@ def _go(p: _Problem, w: _Walk) -> None:
     totals, totals_n = wide(*pieces, p.width, p.width_v), wide(*pieces, p.width) if p.normalize else None
     left = wide(pieces)
     only = replace(
-        w, start=None, start_n=None, states=None, sums=None, last=totals, last_n=totals_n, passing=None, left=left
+        w, start=None, start_n=None, states=None, rest=None, sums=None, last=totals, last_n=totals_n, passing=None, left=left
     )  # fmt: skip
     _step(p, only, segments)
     before = torch.empty_like(totals)
@@ -210,7 +212,7 @@ def _step(p: _Problem, w: _Walk, segments: int) -> None:
     t = p.table
     config, block_k, block_v, tiles = _walk_tiles(p)
     arguments = (
-        w.x, w.y, *p.gates, w.ratio, w.delta, w.start, w.start_n, w.states, w.sums, w.last, w.last_n, w.left,
+        w.x, w.y, *p.gates, w.ratio, w.delta, w.start, w.start_n, w.states, w.rest, w.sums, w.last, w.last_n, w.left,
         w.other, w.other_n, w.passing, t.cu_seqlens, t.first_chunk,
         *w.x.stride()[:3], *w.y.stride()[:3], t.num_rows, t.num_chunks, t.each, t.length, p.kv_heads,
         p.group if w.reverse else 1, segments, p.width, p.width_v, p.scale,
@@ -256,6 +258,8 @@ def backward(
     start, start_n = (None if x is None else x.contiguous() for x in (d_S, d_n))
     more = {"ratio": ratio, "delta": delta, "other": states.states, "other_n": states.sums, "passing": passing}
     w = _new_walk(p, True, p.q, d_out, start, start_n, **more)
+    if gates and w.states is not None and w.states.element_size() == 2:
+        w.rest = torch.empty_like(w.states)
     _go(p, w)
     d_k, d_v, sides = _d_keys_and_values(p, w, d_out, gates)
     if passing is None:
@@ -297,7 +301,8 @@ def _d_keys_and_values(p: _Problem, w: _Walk, d_out: Tensor, gates: bool) -> tup
     if d_k.numel():
         strides = (*p.q.stride()[:3], *p.k.stride()[:3])
         arguments = (
-            p.q, p.k, p.v, d_out, *p.gates, w.ratio, w.delta, w.states, w.sums, d_k, *sides, t.chunk_start, t.chunk_len,
+            p.q, p.k, p.v, d_out, *p.gates, w.ratio, w.delta, w.states, w.rest, w.sums, d_k, *sides,
+            t.chunk_start, t.chunk_len,
             *strides, *p.v.stride()[:3], *d_out.stride()[:3], *p.shape(),
         )  # fmt: skip
         p.tiled(kb.d_keys, p.config("d_keys"), 1, p.kv_heads, arguments)

@@ -10,7 +10,7 @@ __all__ = ["merge", "walk"]
 
 @triton.jit
 def walk(
-    x, y, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, start, start_n, states, sums, last, last_n, left,
+    x, y, hi, lo, col_hi, col_lo, end_hi, end_lo, ratio, delta, start, start_n, states, rest, sums, last, last_n, left,
     other, other_n, passing, cu_rows, first_chunk,
     stride_xb, stride_xt, stride_xh, stride_yb, stride_yt, stride_yh, num_rows, num_chunks, each, length, heads, group,
     segments, width, width_v, scale,
@@ -21,7 +21,8 @@ def walk(
 
     Forward x is k, y is v, and `states` [C, Hkv, D, Dv] gets the state before each chunk. REVERSE: x is q, y the gradient of
     outputs, `ratio` and `delta` [H, R] what the normaliser makes of it, and `states` gets the gradient of the state after each
-    chunk; `passing` [tiles, C, Hkv] the sum of its products with `other`, the state before.
+    chunk, `rest` (or None) what rounding takes from it; `passing` [tiles, C, Hkv] the sum of its products with `other`, the
+    state before.
     `start` and `last` [N segments, Hkv, D, Dv] float32 are the tile at both ends, `left` [N segments, Hkv] what decays leave.
     The same with n [.., D] for `sums`, `start_n`, `last_n`, `other_n`. Grid: (tiles of Dv * tiles of D * Hkv * segments * N,).
     """
@@ -77,7 +78,11 @@ def walk(
         b_y = tile_at(y + g * stride_yh, o_row.to(tl.int64), o_v, stride_yt, m_row, m_v)
         if enters:
             if states is not None:
-                tl.store(states + p_chunk * width * width_v + o_state, acc.to(states.dtype.element_ty), mask=m_state)
+                b_state = acc.to(states.dtype.element_ty)
+                tl.store(states + p_chunk * width * width_v + o_state, b_state, mask=m_state)
+                if rest is not None:
+                    b_rest = acc - b_state.to(tl.float32)
+                    tl.store(rest + p_chunk * width * width_v + o_state, b_rest.to(rest.dtype.element_ty), mask=m_state)
                 if NORM and i_v == 0:
                     tl.store(sums + p_chunk * width + o_k, acc_n, mask=m_k)
             if passing is not None:
