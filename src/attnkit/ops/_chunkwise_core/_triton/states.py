@@ -99,8 +99,10 @@ def walk(
                 p_own = (head * group + g) * num_rows + row_0
                 b_ratio, b_delta = load_rows(ratio + p_own, delta + p_own, o_row, m_row)
                 weight = faded * b_ratio
-                acc_n = acc_n * total + tl.sum(b_x.to(tl.float32) * (faded * b_delta)[:, None], 0)
             b_xw = b_x.to(tl.float32) * weight[:, None]
+            if NORM:  # rounded as in the product below: both sums make one small difference in the gradients of gates
+                own = tl.where(b_ratio > 0, b_delta / b_ratio, 0.0)
+                acc_n = acc_n * total + tl.sum(b_xw.to(b_y.dtype).to(tl.float32) * own[:, None], 0)
         else:
             b_hi, b_lo = load_rows(col_hi + p_gate, col_lo + p_gate, o_row, m_row)
             b_xw = b_x.to(tl.float32) * put_weight(b_end_hi, b_end_lo, b_hi, b_lo, m_row)[:, None]
