@@ -101,7 +101,7 @@ def walk(
                 weight = faded * b_ratio
             b_xw = b_x.to(tl.float32) * weight[:, None]
             if NORM:  # rounded as in the product below: both sums make one small difference in the gradients of gates
-                own = tl.where(b_ratio > 0, b_delta / b_ratio, 0.0)
+                own = b_delta / tl.where(b_ratio > 0, b_ratio, 1.0)  # neither where 1 over a denominator is nothing
                 acc_n = acc_n * total + tl.sum(b_xw.to(b_y.dtype).to(tl.float32) * own[:, None], 0)
         else:
             b_hi, b_lo = load_rows(col_hi + p_gate, col_lo + p_gate, o_row, m_row)
