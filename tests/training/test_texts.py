@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from training_examples import text_data
 from attnkit import assets, training
 from attnkit._core.errors import InputError, MissingAsset, OptionError
 from attnkit._core.settings import settings
-from attnkit.training.data import open_store, split_documents
+from attnkit.training.data import cache, open_store, split_documents
 
 
 def folders() -> list[Path]:
@@ -74,6 +75,24 @@ def test_a_damaged_cache_is_made_again(text: Path, damage: str) -> None:
     path.write_bytes(path.read_bytes()[:-7])
     assert np.array_equal(open_store(str(text), training.load_tokenizer("bytes")).tokens, before)
     assert folders() == [folder]
+
+
+def test_a_store_that_another_process_is_replacing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was just written is gone for a moment; a folder that never comes back is told of."""
+    looks: list[Path] = []
+
+    def read(folder: Path) -> Any:
+        looks.append(folder)
+        return None if len(looks) < 4 else known(folder)
+
+    known = cache._read
+    monkeypatch.setattr(cache, "_read", read)
+    assert len(open_store(str(text), training.load_tokenizer("bytes"))) > 0
+    assert len(looks) == 4
+    monkeypatch.setattr(cache, "_read", lambda folder: None)
+    monkeypatch.setattr(cache, "_PATIENCE", 2)
+    with pytest.raises(InputError, match="cannot be read after it was written"):
+        open_store(str(text), training.load_tokenizer("bytes"))
 
 
 def test_another_text_has_another_place(text: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from attnkit import assets
+from attnkit._core.errors import InputError
 from attnkit._core.files import new_folder
 from attnkit._core.settings import settings
 from attnkit.training.tokenizers import TextTokenizer
@@ -18,6 +20,7 @@ __all__ = ["TokenStore", "open_store"]
 
 _FORMAT = 1  # raise when what stands in the folder, or how texts are cut, changes
 _CHUNK = 256  # documents that are tokenised in one call
+_PATIENCE = 100  # times that a store is looked for, 50 ms apart
 _TAIL = 0.05  # share of a lone document that becomes a second one, so that there is something to validate on
 
 
@@ -66,8 +69,13 @@ def open_store(source: str, tokenizer: TextTokenizer, *, on_phase: Callable[[str
     if arrays is None:
         on_phase(f"tokenising {source} ({tokenizer.name})")
         _write(folder, [document.text for document in assets.load_text(source)], tokenizer)
-        arrays = _read(folder)
-        assert arrays is not None
+        for _ in range(_PATIENCE):  # another process may be putting its own, of the same tokens, in the place of ours
+            arrays = _read(folder)
+            if arrays is not None:
+                break
+            time.sleep(0.05)
+        else:
+            raise InputError(f"{folder} cannot be read after it was written; delete it, and see whether the disk is full")
     tokens, offsets, text_bytes, digests = arrays
     return TokenStore(source, tokenizer.name, tokenizer.vocab_size, tokenizer.sha256, tokens, offsets, text_bytes, digests)
 
