@@ -40,7 +40,7 @@ def test_no_status_claims_more_than_exists() -> None:
             "system 2: works, but attnkit.systems.nope does not exist",
         ),
         (
-            {"status": "measured", "functions": ("attnkit.systems.load",)},
+            {"status": "measured", "functions": ("attnkit.systems.load",), "evidence": ""},
             "system 2: is measured, but its evidence '' is no file under benchmarks/results/",
         ),
         (

@@ -13,6 +13,15 @@ from attnkit.report import interval, markdown_table, read_envelope
 
 ROOT = Path(__file__).parents[2]
 RESULTS = {path.stem.removeprefix("claims-"): path for path in sorted((ROOT / "benchmarks" / "results").glob("claims-*.json"))}
+WHOLE = (
+    "mlstm-lm",
+    "mlstm-lm-50m",
+    "mlstm-transfer",
+    "entmax-lm",
+    "scfa-lm",
+    "scfa-lm-8k",
+    "scfa-lm-8-buckets",
+)  # their tables are quoted as they are
 SCHEMA = ROOT / "src" / "attnkit" / "report" / "schemas" / "attnkit.claim-1.json"
 
 
@@ -39,25 +48,26 @@ def tables() -> dict[str, str]:
     recall, rotary, anneal = (document(name)["tables"][0] for name in names)
     updates = document("entmax-iterations")["tables"][0]
     kept = [row for row in updates["rows"] if row[0] in ("512", "8,192", "65,536") and row[1] in ("0.1", "0.5", "1", "4")]
-    mlstm = {name: document(name)["tables"][0] for name in ("mlstm-lm", "mlstm-transfer")}
+    whole = {name: document(name)["tables"][0] for name in WHOLE}
     return {
         "claims": verdicts(),
         "recall": markdown_table(recall["headers"], recall["rows"]),
         "rotary": markdown_table(rotary["headers"], rotary["rows"]),
         "iterations": markdown_table(updates["headers"], kept),
         "anneal": markdown_table(anneal["headers"], anneal["rows"]),
-        **{name: markdown_table(table["headers"], table["rows"]) for name, table in mlstm.items()},
+        **{name: markdown_table(table["headers"], table["rows"]) for name, table in whole.items()},
     }
 
 
-@pytest.mark.parametrize("name", ["claims", "recall", "rotary", "iterations", "anneal", "mlstm-lm", "mlstm-transfer"])
+@pytest.mark.parametrize("name", ["claims", "recall", "rotary", "iterations", "anneal", *WHOLE])
 def test_the_page_quotes_the_files(name: str) -> None:
     assert part(name) == tables()[name]
 
 
 @pytest.mark.parametrize("name", RESULTS)
 def test_results_are_those_of_the_claim(name: str) -> None:
-    """A file was made by the full form, is whole, and its verdict, figures and tables follow from its rows today."""
+    """A file was made by the full form, and its verdict, figures and tables follow from its rows today; one that is not whole
+    is undecided."""
     import dataclasses
     import json
 
@@ -66,12 +76,12 @@ def test_results_are_those_of_the_claim(name: str) -> None:
     found = document(name)
     jsonschema.validate(found, json.loads(SCHEMA.read_text("utf-8")))
     claim = CLAIMS[found["claim"]["name"]]
-    assert found["complete"]
+    assert found["complete"] or found["verdict"]["outcome"] == "undecided"
     assert not found["quick"]
     kinds = {field.name: field.default for field in dataclasses.fields(claim.settings)}
     values = {key: tuple(value) if isinstance(kinds[key], tuple) else value for key, value in found["settings"].items()}
     concluded = claim.conclude(claim.settings(**values), found["rows"])
-    assert plain(dataclasses.asdict(concluded.verdict)) == found["verdict"]
+    assert not found["complete"] or plain(dataclasses.asdict(concluded.verdict)) == found["verdict"]
     assert plain(list(concluded.tables)) == found["tables"]
     assert plain(list(concluded.figures)) == found["figures"]
 

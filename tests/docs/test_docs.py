@@ -278,6 +278,35 @@ def test_races_of_entmax_attention_are_quoted_as_they_were_run() -> None:
         assert [f"{peer['ours_ms']:.1f}", f"{peer['ratio']:.2f}", f"{dense['ratio']:.2f}"] == [ms, adasplash, cudnn]
 
 
+def test_races_of_recurrences_are_quoted_as_they_were_run() -> None:
+    """The times of docs/chunkwise.md: mLSTM, lightning attention, dense attention beside it, steps."""
+
+    def both(rows: list[dict[str, Any]]) -> list[str]:
+        first, second = (next(row for row in rows if row["pass"] == name) for name in ("fwd", "fwd+bwd"))
+        values = [first["ours_ms"], first["ratio"], second["ours_ms"], second["ratio"]]
+        return [f"{value:.2f}" for value in (*values, second["peak_mib"] / second["peer_peak_mib"])]
+
+    page = (DOCS / "chunkwise.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    rows = [row for row in _race("mlstm") if row["peer"] != "fla"]
+    mlstm = [both([row for row in rows if (row["shape"]["D"], row["shape"]["gates"]) == key]) for key in (
+        (128, "exp"), (128, "sigmoid"), (128, "plain"), (256, "exp"), (256, "plain"))]  # fmt: skip
+    lightning = _race("lightning_attention")
+    mlstm += [both([row for row in lightning if row["shape"]["T"] == length]) for length in (4096, 32768)]
+    assert [line[1:] for line in lines if len(line) == 6 and "." in line[1] and "tokens" not in line[0]][: len(mlstm)] == mlstm
+    (fla,) = (row["ratio"] for row in _race("mlstm") if row["peer"] == "fla")
+    assert f"the forward pass is {fla:.2f} times as" in page
+    dense = {(row["shape"]["T"], row["peer"]): row for row in _race("mlstm-crossing")}
+    for length in (2048, 8192, 16384, 32768):
+        row, other = dense[length, "cudnn*"], dense[length, "sdpa-flash*"]
+        times = [row["ours_ms"], row["peer_ms"], other["peer_ms"]]
+        assert [f"{length:,}", *(f"{ms:.1f}" for ms in times), f"{row['ratio']:.2f}"] in lines
+    for row in (*_race("mlstm_step"), *_race("scalar_decay_step")):
+        if row["peer"] == "attnkit:torch":
+            found = [f"{1e3 * row['ours_ms']:.0f}", f"{row['bandwidth_share']:.2f}", f"{row['ratio']:.1f}"]
+            assert found in [line[1:] for line in lines]
+
+
 def test_methods_are_described() -> None:
     from attnkit.inference import available
     from attnkit.lab.compare import METHODS

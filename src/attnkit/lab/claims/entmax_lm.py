@@ -1,5 +1,6 @@
 """System 4: a language model with entmax against one with softmax: loss, time of a step, and what is zero."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +113,7 @@ def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
 
 
 def _mean(values: Sequence[Sequence[float]]) -> float:
-    return sum(map(sum, values)) / sum(map(len, values))
+    return math.fsum(map(math.fsum, values)) / sum(map(len, values))  # the same in every version of Python
 
 
 def _map(row: Row, name: str, title: str) -> dict[str, Any]:
