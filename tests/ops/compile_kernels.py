@@ -21,13 +21,14 @@ POINTERS = {
         ("x", "prob", "d_prob", "d_x", "q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"
     ),
     **dict.fromkeys(
-        ("gaps", "d_alphas", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
+        ("gaps", "d_alphas", "slopes", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
         "fp32",
     ),
     **dict.fromkeys(("cu_q", "cu_k", "q_pos", "q_rows", "k_rows", "tiles", "live"), "i32"),
 }
 NEEDS = {
     "d_alphas": "ALPHAS",
+    "slopes": "SLOPES",
     "sinks": "BIAS",
     "rest": "BIAS",
     "key_bias": "BIAS",
@@ -38,7 +39,7 @@ NEEDS = {
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
-    "ENTMAX": False, "GATHERED": False,
+    "ENTMAX": False, "GATHERED": False, "SLOPES": False,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -50,6 +51,8 @@ VARIANTS = (
     ("bf16", PLAIN | {"NORM": "consistent"}),
     ("bf16", PLAIN | {"NORM": "entmax15", "ENTMAX": True}),
     ("fp16", PLAIN | {"NORM": "sparsemax", "ROWS": "packed", "WINDOW": True}),
+    ("bf16", PLAIN | {"NORM": "entmax", "SLOPES": True}),
+    ("fp32", SMALL | {"NORM": "entmax", "SLOPES": True, "ROWS": "packed", "WINDOW": True, "SOFTCAP": True}),
     ("fp16", EVERYTHING | {"ROWS": "packed"}),
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
     ("bf16", PLAIN | {"ROWS": "indexed"}),
@@ -124,7 +127,7 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
         absent |= name in ABSENT.get(flags.get("GATES", ""), ())
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
-        absent |= name in ("tiles", "live") and flags["NORM"] != "entmax15"
+        absent |= name in ("tiles", "live") and (flags["NORM"] not in ("entmax15", "entmax") or flags["ROWS"] != "dense")
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
         elif name in pointers:

@@ -124,7 +124,7 @@ def test_the_backward_pass_keeps_tau_and_o2_and_no_scores() -> None:
     wanted = torch.einsum("bhts,bshd->bthd", u / u.sum(-1, keepdim=True), v.repeat_interleave(2, 2))
     assert (second - wanted).abs().max() < 1e-4
     with torch.no_grad():
-        inputs = (q, k, v, None, None, None, None, None, 0.25, -1, 0, 0.0, 1.5, 2)
+        inputs = (q, k, v, None, None, None, None, None, 0.25, -1, 0, 0.0, 1.5, 2, False)
         assert _register._forward(inputs, False)[2] is None
 
 
@@ -143,7 +143,7 @@ def test_memory_of_the_torch_form_does_not_grow_with_the_square(monkeypatch: pyt
 
     monkeypatch.setattr(blockwise, "CACHED", 1024)
     q, k, v = (torch.randn(1, 3000, 1, 16) for _ in range(3))
-    inputs = (q, k, v, None, None, None, None, None, 0.25, -1, 0, 0.0, 1.5, 2)
+    inputs = (q, k, v, None, None, None, None, None, 0.25, -1, 0, 0.0, 1.5, 2, False)
     with Watch():
         out, *kept = _register._forward(inputs, True)
         _register._backward(inputs, out, None, out, *kept, False)
@@ -190,7 +190,7 @@ def test_opcheck(form: str) -> None:
     cu = torch.tensor([0, 5, 5, 20], dtype=torch.int32) if form == "packed" else None
     if cu is not None:
         q, k, v, bias = (t[0].detach().requires_grad_(t.requires_grad) for t in (q, k, v, bias))
-    args = (q, k, v, alphas, bias, cu, cu, None, 0.25, -1, 0, 2.0, 1.5, 2, True)
+    args = (q, k, v, alphas, bias, cu, cu, None, 0.25, -1, 0, 2.0, 1.5, 2, alphas is not None, True)
     opcheck(torch.ops.attnkit.entmax_attention.default, args)
 
 

@@ -24,7 +24,7 @@ def _near(heads: int) -> Tensor:
 def _run(alpha: float) -> tuple[launch.Launch, Tensor, tuple[Tensor, ...]]:
     """A launch after its forward pass, the probabilities [H, T, S] of float64, and what the backward pass needs."""
     q, k, v = _near(HEADS), _near(HEADS), torch.randn(1, ROWS, HEADS, 16, device=DEVICE)
-    p = _launch((q, k, v, None, None, None, None, None, 1.0, -1, 0, 0.0, alpha, 2))
+    p = _launch((q, k, v, None, None, None, None, None, 1.0, -1, 0, 0.0, alpha, 2, False))
     _, tau, second = launch.forward(p, torch.float32)
     scores = torch.einsum("thd,shd->hts", q[0].double(), k[0].double())
     causal = torch.ones(ROWS, ROWS, dtype=torch.bool, device=DEVICE).tril()

@@ -3,8 +3,9 @@
 Any backend is a pair of functions on batched inputs (packed sequences are a batch of one), registered by `register`:
 forward(inputs, keep) -> (out, tau, O2 or None, tiles or None) and backward(inputs, d_out, None, out, tau, O2, tiles, False) ->
 gradients of q, k, v, alphas and nothing, where inputs = (q, k, v, alphas, key_bias, cu_seqlens_q, cu_seqlens_k, None, scale,
-left, right, softcap, alpha, n_refine). `alphas` [H] in the accumulation dtype stands for `alpha` where it is given; `tiles` are
-the lists of the tiles of keys that the kernels' forward pass found in the support.
+left, right, softcap, alpha, n_refine, learned). `alphas` [H] in the accumulation dtype stands for `alpha` where it is given, and
+`learned` says whether its gradient is wanted (else it comes as zeros); `tiles` are the lists of the tiles of keys that the
+kernels' forward pass found in the support.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ _NORMS = {1.5: "entmax15", 2.0: "sparsemax"}
 def problem(inputs: tuple[Any, ...]) -> tuple[Problem, Tensor | None, float]:
     """The tiles, alphas and alpha of batched inputs."""
     q, k, v, alphas, *rest = inputs
-    masks, (alpha, _) = rest[:-2], rest[-2:]
+    masks, (alpha, *_) = rest[:-3], rest[-3:]
     return Problem.of(q, k, v, None, *masks, block_q=blockwise.BLOCK_Q), alphas, alpha
 
 
@@ -45,9 +46,13 @@ def _backward(
 def _launch(inputs: tuple[Any, ...]) -> Any:
     from attnkit.ops._attention_core._triton.launch import Launch  # Triton is optional
 
-    q, k, v, _, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, alpha, n_refine = inputs
+    q, k, v, alphas, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, alpha, n_refine, _ = inputs
     norm = _NORMS.get(alpha, "entmax")
-    gaps = torch.full((q.shape[2],), alpha - 1, device=q.device) if norm == "entmax" else None
+    gaps = None
+    if alphas is not None:
+        gaps = (alphas - 1).contiguous()
+    elif norm == "entmax":
+        gaps = torch.full((q.shape[2],), alpha - 1, device=q.device)
     return Launch(
         q, k, v, None, key_bias, cu_q, cu_k, q_pos, scale, left, right, softcap, "off", norm=norm, gaps=gaps, n_refine=n_refine
     )
@@ -74,11 +79,18 @@ def _triton_backward(
 ) -> tuple[Tensor, ...]:
     from attnkit.ops._attention_core._triton import launch
 
+    alphas, learned = inputs[3], inputs[-1]
     with current(d_out.device):
         p = _launch(inputs)
         p.tiles = tiles
+        if learned:
+            p.slopes = tau.new_empty(p.batch, p.heads, p.num_q)
         d_q, d_k, d_v, *_ = launch.backward(p, d_out, None, second, tau, None, False)
-    return d_q, d_k, d_v, d_out.new_empty(0), d_out.new_empty(0)
+        if p.slopes is not None:
+            d_alphas = p.slopes.sum((0, 2))
+        else:
+            d_alphas = d_out.new_empty(0) if alphas is None else torch.zeros_like(alphas)
+    return d_q, d_k, d_v, d_alphas, d_out.new_empty(0)
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -95,7 +107,7 @@ def _triton_forward_fake(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return results if shape is None else (*results[:3], q.new_empty(shape, dtype=torch.int32))
 
 
-_OPTIONS = "float scale, int left, int right, float softcap, float alpha, int n_refine"
+_OPTIONS = "float scale, int left, int right, float softcap, float alpha, int n_refine, bool learned"
 run_blockwise = register("entmax_attention", _forward, _backward, Interface("alphas", _OPTIONS, "bool keep", _forward_fake, 2))
 run_triton = register(
     "entmax_attention_triton",

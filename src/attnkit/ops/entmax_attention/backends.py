@@ -39,7 +39,7 @@ def arguments(call: EntmaxAttentionCall) -> tuple[Any, ...]:
     """What the registered operators take; O2 is kept where there will be a backward pass."""
     return (
         call.q, call.k, call.v, call.alphas, call.key_bias, call.cu_seqlens_q, call.cu_seqlens_k, None,
-        call.scale, call.left, call.right, call.softcap, call.alpha, call.n_refine, call.needs_grad,
+        call.scale, call.left, call.right, call.softcap, call.alpha, call.n_refine, call.learned, call.needs_grad,
     )  # fmt: skip
 
 
@@ -48,9 +48,7 @@ _LOWEST = 1.25  # below, 1 / (alpha - 1) magnifies what float32 leaves out of a 
 
 def _triton_refuses(call: EntmaxAttentionCall) -> list[str]:
     reasons = _not_softmax(call) + triton_refuses(call)
-    if call.alphas is not None:
-        reasons.append("alpha as a tensor")
-    elif call.alpha < _LOWEST:
+    if call.alphas is None and call.alpha < _LOWEST:  # those of a tensor are on the device, and looking would wait for it
         reasons.append(f"alpha below {_LOWEST}")
     return reasons
 

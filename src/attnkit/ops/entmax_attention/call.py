@@ -30,6 +30,11 @@ class EntmaxAttentionCall(CoreCall):
     return_aux: bool
 
     @property
+    def learned(self) -> bool:
+        """Whether autograd will ask for the gradient of alpha."""
+        return torch.is_grad_enabled() and self.alphas is not None and self.alphas.requires_grad
+
+    @property
     def needs_grad(self) -> bool:
         """Whether autograd will ask for a backward pass."""
         if not torch.is_grad_enabled():

@@ -62,7 +62,7 @@ SPEC = OpSpec(
     ),
     capabilities={
         "cpu": "yes, blockwise in plain torch; the Triton kernels in the interpreter, float32, when named",
-        "cuda": "Triton kernels, compute capability 8.0, for one alpha in [1.25, 2]; else plain torch",
+        "cuda": "Triton kernels, compute capability 8.0, for numbers in [1.25, 2] and for tensors; else plain torch",
         "backward": "yes, alpha included; deterministic",
         "alpha": "a number in [1, 2], or a tensor in (1, 2], one for each head",
         "packed": "yes",

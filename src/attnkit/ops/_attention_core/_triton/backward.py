@@ -6,6 +6,9 @@ import triton.language as tl
 
 from attnkit._core.triton.maths import LOG2E
 from attnkit.ops._attention_core._triton.steps import (
+    PARTS,
+    alpha_end,
+    alpha_step,
     load_bias,
     load_tile,
     norm_factor,
@@ -70,12 +73,13 @@ def bwd_prep(
 
 @triton.jit
 def _visit_keys(
-    first, limit, rows, o_pos, acc, keys, rules,
+    first, limit, rows, o_pos, state, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, SLOPES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the keys first .. first + BLOCK_N contribute to d_q / scale, or with DELTA to sum(p * dp)."""
+    """Add what the keys first .. first + BLOCK_N contribute to d_q / scale, with SLOPES also to the sums of `alpha_step`, or
+    with DELTA to sum(p * dp)."""
     b_q, b_d_out, b_lse2, b_delta = rows
     k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
@@ -97,41 +101,46 @@ def _visit_keys(
     dp = tl.dot(b_d_out, tl.trans(b_v), input_precision=PRECISION)
     if DELTA:
         _, p_dp = score_gradient(t, c, b_lse2[:, None], dp, 0.0, factor, NORM)
-        acc += tl.sum(p_dp, 1)
+        return (state[0] + tl.sum(p_dp, 1),)
     else:
         _, ds = score_gradient(t, c, b_lse2[:, None], dp, b_delta[:, None], factor, NORM)
+        if SLOPES:
+            sums = alpha_step(t, c, b_lse2[:, None], ds, dp, b_delta[:, None], state[1], factor, NORM)
         if SOFTCAP:
             ds = ds * softcap_slope(s, scale, softcap)
-        acc = tl.dot(ds.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
-    return acc
+        acc = tl.dot(ds.to(b_k.dtype), b_k, state[0], input_precision=PRECISION)
+        if SLOPES:
+            return acc, sums
+        else:
+            return (acc,)
 
 
 @triton.jit
 def _walk_keys(
-    start, stop, limit, tiles, rows, o_pos, acc, keys, rules,
+    start, stop, limit, tiles, rows, o_pos, state, keys, rules,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
-    NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    NORM: tl.constexpr, DELTA: tl.constexpr, SLOPES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The keys start, start + BLOCK_N ... below stop, or those of them that are on the forward pass's list, if there is one."""
     if tiles is None:
         for first in tl.range(start, stop, BLOCK_N):
-            acc = _visit_keys(
-                first, limit, rows, o_pos, acc, keys, rules,
-                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+            state = _visit_keys(
+                first, limit, rows, o_pos, state, keys, rules,
+                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, SLOPES, EVEN, PRECISION,
             )  # fmt: skip
     else:
         for i in tl.range(0, tl.load(tiles - 1)):
-            acc = _visit_keys(
-                tl.load(tiles + i), limit, rows, o_pos, acc, keys, rules,
-                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+            state = _visit_keys(
+                tl.load(tiles + i), limit, rows, o_pos, state, keys, rules,
+                BLOCK_N, BLOCK_D, BLOCK_DV, MASKED, WINDOW, SOFTCAP, BIAS, NORM, DELTA, SLOPES, EVEN, PRECISION,
             )  # fmt: skip
-    return acc
+    return state
 
 
 @triton.jit
 def bwd_dq(
-    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, d_out, lse2, delta, d_q, tiles,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, d_out, lse2, delta, d_q, slopes, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -141,6 +150,8 @@ def bwd_dq(
     NORM: tl.constexpr, DELTA: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head; with DELTA their sum(p * dp), added to delta.
+
+    `slopes` (or None), [B, H, T], gets the derivative of each row by the alpha of its head.
 
     Grid: (tiles * H * B,).
     """
@@ -170,10 +181,14 @@ def bwd_dq(
     v += i_b * stride_vb + kv_head * stride_vh
     if BIAS:
         key_bias += i_b * stride_bb + kv_head * stride_bh
+    SLOPES: tl.constexpr = slopes is not None
     if DELTA:
-        acc = tl.zeros([BLOCK_M], tl.float32)
+        state = (tl.zeros([BLOCK_M], tl.float32),)
+    elif SLOPES:
+        zeros = tl.zeros([BLOCK_M, PARTS], tl.float32)
+        state = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), (zeros, zeros, zeros, zeros))
     else:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        state = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32),)
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_N, WINDOW)
     rows = (b_q, b_d_out, b_lse2, b_delta)
     keys = (k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs)
@@ -181,26 +196,28 @@ def bwd_dq(
     if tiles is not None:
         tiles += pid.to(tl.int64) * stride_tiles + 1
     if WINDOW:
-        acc = _walk_keys(
-            lo, tl.minimum(head_end, hi), hi, None, rows, o_pos, acc, keys, rules,
-            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+        state = _walk_keys(
+            lo, tl.minimum(head_end, hi), hi, None, rows, o_pos, state, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, SLOPES, EVEN, PRECISION,
         )  # fmt: skip
-    acc = _walk_keys(
-        head_end, body_end, hi, tiles, rows, o_pos, acc, keys, rules,
-        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+    state = _walk_keys(
+        head_end, body_end, hi, tiles, rows, o_pos, state, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, False, WINDOW, SOFTCAP, BIAS, NORM, DELTA, SLOPES, EVEN, PRECISION,
     )  # fmt: skip
-    acc = _walk_keys(
-        body_end, hi, hi, None, rows, o_pos, acc, keys, rules,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, EVEN, PRECISION,
+    state = _walk_keys(
+        body_end, hi, hi, None, rows, o_pos, state, keys, rules,
+        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, NORM, DELTA, SLOPES, EVEN, PRECISION,
     )  # fmt: skip
     if DELTA:
-        tl.store(delta + p_row, b_delta + acc, mask=m_row)
+        tl.store(delta + p_row, b_delta + state[0], mask=m_row)
     else:
         tl.store(
             d_q + ((i_b * num_q + row) * heads + head) * width + (o_row * heads * width)[:, None] + o_d[None, :],
-            (acc * scale).to(d_q.dtype.element_ty),
+            (state[0] * scale).to(d_q.dtype.element_ty),
             mask=m_row[:, None] & (EVEN | (o_d < width))[None, :],
         )
+    if SLOPES:
+        tl.store(slopes + p_row, alpha_end(state[1], rules[1]), mask=m_row)
 
 
 @triton.jit

@@ -67,6 +67,7 @@ class Launch:
     gaps: Tensor | None = None  # [H] float32, alpha - 1 of "entmax"
     n_refine: int = 2  # updates of tau, at least
     tiles: Tensor | None = None  # [programs, 1 + tiles of keys] int32, the support of each tile of rows as the forward found it
+    slopes: Tensor | None = None  # [B, H, T] float32, gets the derivative of rows by their alpha in the backward pass of "entmax"
 
     def __post_init__(self) -> None:
         if self.scale < 0:  # kernels take the maximum of raw products, which a negative factor would turn round
@@ -281,7 +282,7 @@ def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Te
     if p.q.numel():
         arguments = (
             p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.q_rows, p.k_rows,
-            d_out, lse2, delta, d_q, p.tiles,
+            d_out, lse2, delta, d_q, p.slopes, p.tiles,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
             0 if p.tiles is None else p.tiles.stride(0),

@@ -8,11 +8,13 @@ alpha-entmax alpha - 1 (Peters et al. 2019, arXiv:1905.05702; the solver is that
 import triton
 import triton.language as tl
 
-from attnkit._core.triton.maths import LOG2E, rounded_to, tanh
+from attnkit._core.triton.maths import LN2, LOG2E, rounded_to, tanh
 
 __all__ = [
     "MOST_STEPS",
     "PARTS",
+    "alpha_end",
+    "alpha_step",
     "entmax_end",
     "entmax_refine",
     "entmax_start",
@@ -288,6 +290,29 @@ def score_gradient(t, c, row, dp, delta, factor, NORM: tl.constexpr):
     else:
         p = tl.exp2(t * c - row)
         return p, p * (dp - delta)
+
+
+@triton.jit
+def alpha_step(t, c, tau, ds, dp, delta, sums, factor, NORM: tl.constexpr):
+    """Take a tile into the sums over keys that `alpha_end` needs; ds as of `score_gradient`.
+
+    With x = z - tau the derivative of a row by its alpha is sum((dp - mean) p (1 - log x)) / factor^2, where
+    mean = sum(u dp) / sum(u). As u (dp - mean) adds up to nothing, p (1 - log x) may be counted from u: near alpha = 1, where
+    x is near 1, all that is left is small, and factor^2 magnifies no rounding.
+    """
+    x = tl.maximum(t * c - tau, 0.0)
+    _, u = entmax_pair(t * c, tau, factor, NORM)
+    w = u * ((x - 1.0) - x * (LN2 * tl.log2(tl.where(x > 0, x, 1.0))))
+    along, weight, off, total = sums
+    along += tl.sum(_parts(w * (dp - delta)), 1)
+    return along, weight + tl.sum(_parts(w), 1), off + tl.sum(_parts(ds), 1), total + tl.sum(_parts(u), 1)
+
+
+@triton.jit
+def alpha_end(sums, factor):
+    """The derivative of rows by their alpha; delta, rounded where it was kept in 16 bits, becomes the mean of these sums."""
+    along, weight, off, total = tl.sum(sums[0], 1), tl.sum(sums[1], 1), tl.sum(sums[2], 1), tl.sum(sums[3], 1)
+    return (along - off / tl.where(total > 0, total, 1.0) * weight) / (factor * factor)
 
 
 @triton.jit
