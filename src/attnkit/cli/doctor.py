@@ -115,7 +115,7 @@ def _operator(spec: "OpSpec", devices: list[dict[str, Any]]) -> dict[str, Any]:
 def _explain(spec: "OpSpec", inputs: Mapping[str, Any]) -> dict[str, Any]:
     from attnkit.ops import explain
 
-    explanation = explain(spec.name, **spec.arguments(inputs))
+    explanation = explain(spec.name, **spec.arguments(dict(inputs)))
     return {"chosen": explanation.chosen, "rejected": explanation.rejected}
 
 
