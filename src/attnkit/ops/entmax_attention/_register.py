@@ -3,8 +3,8 @@
 Any backend is a pair of functions on batched inputs (packed sequences are a batch of one), registered by `register`:
 forward(inputs, keep) -> (out, tau, O2 or None, tiles or None) and backward(inputs, d_out, None, out, tau, O2, tiles, False) ->
 gradients of q, k, v, alphas and nothing, where inputs = (q, k, v, alphas, key_bias, cu_seqlens_q, cu_seqlens_k, None, scale,
-left, right, softcap, alpha, n_refine, learned). `alphas` [H] in the accumulation dtype stands for `alpha` where it is given, and
-`learned` says whether its gradient is wanted (else it comes as zeros); `tiles` are the lists of the tiles of keys that the
+left, right, softcap, alpha, n_refine, learned). `alphas` [H] in the accumulation dtype stands for `alpha` where it is given,
+and `learned` says whether its gradient is wanted (else kernels give zeros); `tiles` are the lists of the tiles of keys that the
 kernels' forward pass found in the support.
 """
 

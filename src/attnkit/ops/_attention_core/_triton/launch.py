@@ -67,7 +67,9 @@ class Launch:
     gaps: Tensor | None = None  # [H] float32, alpha - 1 of "entmax"
     n_refine: int = 2  # updates of tau, at least
     tiles: Tensor | None = None  # [programs, 1 + tiles of keys] int32, the support of each tile of rows as the forward found it
-    slopes: Tensor | None = None  # [B, H, T] float32, gets the derivative of rows by their alpha in the backward pass of "entmax"
+    slopes: Tensor | None = (
+        None  # [B, H, T] float32, gets the derivative of rows by their alpha in the backward pass of "entmax"
+    )
 
     def __post_init__(self) -> None:
         if self.scale < 0:  # kernels take the maximum of raw products, which a negative factor would turn round
