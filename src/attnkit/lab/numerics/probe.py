@@ -236,7 +236,8 @@ def rounds_to_one(fmt: FloatFormat) -> float:
 
 def _mix(p: Tensor, values: Tensor) -> Tensor:
     """P V, [n, Hkv, G, r, Dv]; heads of a group are rows of one product, so that no values are copied for them."""
-    return (p.flatten(2, 3) @ values).unflatten(2, p.shape[2:4])
+    mixed: Tensor = (p.flatten(2, 3) @ values).unflatten(2, p.shape[2:4])
+    return mixed
 
 
 def _rates(raw: Tensor, total: Tensor, fmt: FloatFormat, hidden: Tensor, calls: int) -> dict[str, Tensor]:
@@ -255,7 +256,8 @@ def _lean(values: Tensor, hidden: Tensor, calls: int) -> Tensor:
     sums = ((weight @ t).unflatten(0, (calls, -1)).sum((1, 3)) for t in (values, values.square()))
     mean, square = (t / count for t in sums)
     variance = (square - mean.square()).clamp(min=0)
-    return (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1)
+    lean: Tensor = (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1)
+    return lean
 
 
 def _used(stored: Tensor, true: Tensor, fmt: FloatFormat, stable: str) -> Tensor:
@@ -269,9 +271,11 @@ def _used(stored: Tensor, true: Tensor, fmt: FloatFormat, stable: str) -> Tensor
 
 def _by_head(t: Tensor, calls: int) -> Tensor:
     """Mean over sampled rows: [n, r, H, *] -> [L, H, *]."""
-    return t.unflatten(0, (calls, -1)).mean((1, 2))
+    mean: Tensor = t.unflatten(0, (calls, -1)).mean((1, 2))
+    return mean
 
 
 def _largest(t: Tensor, calls: int) -> Tensor:
     """[L]: largest size, in one pass over what came; infinite or NaN where an element is."""
-    return torch.linalg.vector_norm(t.unflatten(0, (calls, -1)).flatten(1), torch.inf, dim=1)
+    size: Tensor = torch.linalg.vector_norm(t.unflatten(0, (calls, -1)).flatten(1), torch.inf, dim=1)
+    return size

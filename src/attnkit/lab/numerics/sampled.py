@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from attnkit.ops.attention.call import AttentionCall
 __all__ = ["Sample", "heads_last", "pick", "sample_rows", "stacked", "take"]
 
 _SEQUENCES = 2  # of a batch, among which the rows are shared out
-_STACKED = ("q", "k", "v", "out", "lse", "bias")
 
 
 class _Window(NamedTuple):
@@ -99,7 +98,7 @@ class Sample:
     def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
         """[n, Hkv, G, r, S] in float64, -inf where a row does not see a key; from keys [n, Hkv, S, D] in float64."""
         queries = (self.q.double() * self.scale).unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
-        scores = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
+        scores: Tensor = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
         if self.bias is not None:
             scores = scores + self.bias.double().transpose(1, 2)[:, :, None, None]
         return scores.masked_fill(hidden, -torch.inf)
@@ -118,23 +117,28 @@ def take(call: AttentionCall, out: Tensor | None, lse: Tensor | None, fmt: Float
         bias = (bias[None] if call.q.dim() == 3 else bias)[where[0]]
         bias = bias[..., None] if bias.dim() == 2 else bias
     lse = None if lse is None else pick(lse[..., None], *where)
-    parts = (pick(call.q, *where), k, v, None if out is None else pick(out, *where), lse, bias)
+    q, out = pick(call.q, *where), None if out is None else pick(out, *where)
     window = _Window(
         where[1], call.q.shape[-3], call.k.shape[-3], call.left, call.right, call.cu_seqlens_q, call.cu_seqlens_k
     )  # fmt: skip
-    looks = (None if part is None else (part.shape, part.dtype, part.device) for part in parts)
+    looks = (None if part is None else (part.shape, part.dtype, part.device) for part in (q, k, v, out, lse, bias))
     alike = (id(part) if isinstance(part, Tensor) else part for part in window)  # the sample keeps them: ids stay theirs
-    return Sample(1, fmt, call.stable, call.scale, (fmt, call.stable, call.scale, *alike, *looks), *where, *parts, window)
+    return Sample(
+        1, fmt, call.stable, call.scale, (fmt, call.stable, call.scale, *alike, *looks), *where, q, k, v, out, lse, bias, window
+    )
 
 
 def stacked(samples: Sequence[Sample]) -> Sample:
     """Calls of one kind as one; their gradients are then to be given as sampled rows, one call after the other."""
-    columns = {name: [getattr(sample, name) for sample in samples] for name in _STACKED}
-    whole = {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
-    sequences, rows = (torch.arange(size, device=whole["q"].device) for size in whole["q"].shape[:2])
-    return replace(
-        samples[0], calls=len(samples), sequences=sequences, rows=rows.expand(len(sequences), -1), **whole
-    )  # fmt: skip
+    first = samples[0]
+    sequences = torch.arange(len(samples) * len(first.q), device=first.q.device)
+    rows = torch.arange(first.q.shape[1], device=first.q.device).expand(len(sequences), -1)
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(sample, name) for sample in samples])
+        for name in ("q", "k", "v", "out", "lse", "bias")
+        if getattr(first, name) is not None
+    }
+    return replace(first, calls=len(samples), sequences=sequences, rows=rows, **parts)
 
 
 def sample_rows(q: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:
