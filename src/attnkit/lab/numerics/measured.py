@@ -57,20 +57,20 @@ class ProbeReport:
 
 @dataclass(frozen=True)
 class Measured:
-    """A report that still lies on the device.
+    """Reports of L calls that still lie on the device.
 
     Attributes:
-        rows: how many were sampled.
-        found: name -> [H], in float64.
-        finite: name -> bool, as in `Probed`, and "d_out".
+        rows: how many were sampled of a call.
+        found: name -> [L, H], in float64.
+        largest: name -> [L], as in `Probed`, and of "d_out".
     """
 
     rows: int
     found: dict[str, Tensor] = field(repr=False)
-    finite: dict[str, Tensor] = field(repr=False)
+    largest: dict[str, Tensor] = field(repr=False)
 
     def report(self) -> ProbeReport:
-        """Wait for the device.
+        """The report of one call; waits for the device.
 
         Raises:
             InputError: NaN or infinities in what the sampled rows see, or in their gradient.
@@ -82,18 +82,23 @@ class Measured:
 
 
 def reports(measured: Sequence[Measured]) -> list[tuple[ProbeReport, list[str]]]:
-    """Each report, and the names of what was not finite; all of them for one wait for the device."""
+    """Each call's report, and the names of what was not finite; all of them for one wait for the device."""
     if not measured:
         return []
-    parts = [torch.cat([*one.found.values(), torch.stack(list(one.finite.values())).double()]) for one in measured]
+    parts = [
+        torch.cat([torch.stack([*one.found.values()], 1).flatten(1), torch.stack([*one.largest.values()], 1).double()], 1)
+        for one in measured
+    ]
     home = parts[0].device
-    numbers = torch.cat([part.to(home) for part in parts]).cpu().split([len(part) for part in parts])
+    numbers = torch.cat([part.flatten().to(home) for part in parts]).cpu().split([part.numel() for part in parts])
     result = []
-    for one, part in zip(measured, numbers, strict=True):
-        table, flags = part[: -len(one.finite)].view(len(one.found), -1), part[-len(one.finite) :]
-        named: dict[str, Any] = dict.fromkeys(("eps_bias", "delta_size", "shift_leak")) | dict(
-            zip(one.found, table, strict=True)
-        )
-        faults = [name for name, finite in zip(one.finite, flags.tolist(), strict=True) if not finite]
-        result.append((ProbeReport(one.rows, **named), faults))
+    for one, part, flat in zip(measured, parts, numbers, strict=True):
+        tables, sizes = flat.view(part.shape).split([part.shape[1] - len(one.largest), len(one.largest)], 1)
+        columns = tables.unflatten(1, (len(one.found), -1)).unbind(1)
+        heads = [column.unbind() for column in columns]
+        for call, finite in enumerate(sizes.isfinite().tolist()):
+            named: dict[str, Any] = dict.fromkeys(("eps_bias", "delta_size", "shift_leak"))
+            named |= {name: column[call] for name, column in zip(one.found, heads, strict=True)}
+            faults = [name for name, fine in zip(one.largest, finite, strict=True) if not fine]
+            result.append((ProbeReport(one.rows, **named), faults))
     return result

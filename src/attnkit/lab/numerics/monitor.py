@@ -13,6 +13,7 @@ from attnkit import report
 from attnkit._core.checks import check_choice
 from attnkit._core.devices import device_name
 from attnkit._core.errors import CheckFailed, OptionError
+from attnkit.lab.numerics.drift import score
 from attnkit.lab.numerics.formats import FloatFormat
 from attnkit.lab.numerics.probe import RoundingBiasProbe
 from attnkit.lab.numerics.spectral import SpectralNorms
@@ -33,7 +34,8 @@ class StabilityMonitor:
     Call `step()` after each step, and `close()` after the last, or use it as a context manager: what waits for a sampled step
     stays installed until then.
 
-    A sampled step is one whose first forward pass with a gradient is looked at, a layer at a time, by `RoundingBiasProbe`.
+    A sampled step is one whose first forward pass with a gradient is looked at by `RoundingBiasProbe`: rows are copied in it,
+    and layers alike are looked at together when the step is over.
     Between sampled steps nothing is installed and nothing is done. In a sampled step compiled parts of the model run
     uncompiled (`torch.compiler.set_stance`), which takes longer and more memory; what is judged is that form of them. Under
     gradient checkpointing a layer is looked at once. In distributed training the first process looks, and all act alike.
@@ -156,8 +158,10 @@ class StabilityMonitor:
             }
         )
         for name, found in self._watch.found.items():
+            self._tracks[name].add(self._done, found, {side: norms[f"{name}.{side}"] for side in "qkvo"})
+        score(self._tracks[name].drift for name in self._watch.found)
+        for name in self._watch.found:
             layer, track = self._layers[name], self._tracks[name]
-            track.add(self._done, found, {side: norms[f"{name}.{side}"] for side in "qkvo"})
             self.history.append(track.moment(self._done, layer.stable))
         now = {
             name: int(self._tracks[name].levels().max()) if name in self._watch.found else self._levels[name]

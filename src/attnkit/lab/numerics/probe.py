@@ -1,4 +1,4 @@
-"""What one call of attention does to the row sums that its backward pass subtracts, on sampled rows.
+"""What calls of attention do to the row sums that their backward pass subtracts, on sampled rows.
 
 The backward pass of fused attention takes delta = rowsum(dO * O) for rowsum(P * dP); the two are equal in exact arithmetic.
 With O as it was stored, delta is off by eps = dO . (O_stored - O), and every row of the score gradients then sums to -eps
@@ -14,35 +14,31 @@ from torch import Tensor
 from attnkit._core.errors import OptionError, ShapeError
 from attnkit.lab.numerics.formats import BF16, FP16, FP32, FP64, FloatFormat, round_to, ulp
 from attnkit.lab.numerics.measured import Measured, ProbeReport
-from attnkit.lab.numerics.sampled import (
-    heads_last,
-    keys_and_values,
-    pick,
-    sample_rows,
-    scores_of,
-    seen_keys,
-)
+from attnkit.lab.numerics.sampled import Sample, heads_last, pick, take
 from attnkit.ops.attention.call import prepare
 
-__all__ = ["FACTS", "Probed", "RoundingBiasProbe"]
+__all__ = ["FACTS", "Probed", "RoundingBiasProbe", "look_at", "rounds_to_one"]
 
 _FORMATS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32, torch.float64: FP64}
+_DENSE = torch.contiguous_format
 FACTS = ("o_bias", "tie_rate", "sink_mass", "entropy", "max_logit", "v_anisotropy")
 
 
 @dataclass(frozen=True)
 class Probed:
-    """Sampled rows before their gradient is known; m sequences with r rows each.
+    """Sampled rows of calls alike before their gradients are known; n sequences of all calls with r rows each.
 
     Attributes:
-        sequences, rows: [m] and [m, r], which ones.
-        used: [m, r, H, Dv], the output that delta is formed from.
-        true: [m, r, H, Dv], the output in float64.
-        mixed, mass: [m, r, H, Dv] and [m, r, H], sums of P V and of P with the probabilities of the backward pass.
-        facts: name -> [H], what does not need the gradient.
-        finite: "q", "k", "v", "out" -> bool, whether what the sampled rows see of it is finite.
+        calls: L, how many.
+        sequences, rows: [n] and [n, r], which rows of the gradient that `finish` is given.
+        used: [n, r, H, Dv], the output that delta is formed from.
+        true: [n, r, H, Dv], the output in float64.
+        mixed, mass: [n, r, H, Dv] and [n, r, H], sums of P V and of P with the probabilities of the backward pass.
+        facts: name -> [L, H], what does not need the gradient.
+        largest: "q", "k", "v", "out" -> [L], the largest size in what the sampled rows see of it.
     """
 
+    calls: int
     sequences: Tensor
     rows: Tensor
     used: Tensor
@@ -50,19 +46,27 @@ class Probed:
     mixed: Tensor
     mass: Tensor
     facts: dict[str, Tensor] = field(repr=False)
-    finite: dict[str, Tensor] = field(repr=False)
+    largest: dict[str, Tensor] = field(repr=False)
 
+    @torch.no_grad()
     def finish(self, d_out: Tensor | None = None) -> Measured:
-        """What is to be reported, given the gradient of the output, [B, T, H, Dv] or packed [R, H, Dv]."""
-        found, finite = self.facts, self.finite
+        """What is to be reported, given the gradient of the output: [B, T, H, Dv] or packed [R, H, Dv].
+
+        Of several calls, the sampled rows of each, one after the other, [n, r, H, Dv].
+        """
+        found, largest = self.facts, self.largest
         if d_out is not None:
-            grad = pick(d_out, self.sequences, self.rows)
+            picked = pick(d_out, self.sequences, self.rows)
+            grad = picked.double()
             delta, used = ((grad * out).sum(-1) for out in (self.true, self.used))
-            eps, size = _by_head((grad * (self.used - self.true)).sum(-1)), _by_head(delta.abs())
-            leak = _by_head((grad * self.mixed).sum(-1) - used * self.mass) / size.clamp(min=1e-300)
+            eps, size = self._by_head((grad * (self.used - self.true)).sum(-1)), self._by_head(delta.abs())
+            leak = self._by_head((grad * self.mixed).sum(-1) - used * self.mass) / size.clamp(min=1e-300)
             found = found | {"eps_bias": eps, "delta_size": size, "shift_leak": leak}
-            finite = finite | {"d_out": torch.isfinite(grad).all()}
-        return Measured(self.rows.numel(), found, finite)
+            largest = largest | {"d_out": _largest(picked, self.calls)}
+        return Measured(self.rows.numel() // self.calls, found, largest)
+
+    def _by_head(self, t: Tensor) -> Tensor:
+        return _by_head(t, self.calls)
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,32 @@ class RoundingBiasProbe:
         Raises:
             ShapeError, DTypeError, OptionError, UnsupportedError: as `attnkit.ops.attention` raises them.
         """
+        return look_at(self.take(
+            q, k, v, out=out, lse=lse, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            stable=stable,
+        ))  # fmt: skip
+
+    @torch.no_grad()
+    def take(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        window_size: tuple[int | None, int | None] | None = None,
+        key_bias: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        stable: str = "off",
+    ) -> Sample:
+        """Only copy what `look_at` will need, rows and the keys and values of two sequences; as `look`, which does both."""
         call = prepare(
             q, k, v, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias, cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, stable=stable,
@@ -160,56 +190,74 @@ class RoundingBiasProbe:
         for name, tensor, shape in (("out", out, (*q.shape[:-1], v.shape[-1])), ("lse", lse, q.shape[:-1])):
             if tensor is not None and tensor.shape != shape:
                 raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; that of the call is {tuple(shape)}")
-        sequences, rows = sample_rows(q, self.rows, self.seed)
-        seen = seen_keys(call, sequences, rows)
-        keys, values = keys_and_values(call, sequences, seen)
-        finite = {"q": pick(q, sequences, rows), "k": keys, "v": values}
-        keys, values = keys.double(), values.double()
-        scores = scores_of(call, sequences, finite["q"], keys, seen)
-        top = scores.amax(-1, keepdim=True)
-        top = top.masked_fill(torch.isneginf(top), 0)
-        raw = torch.exp(scores - top)  # [m, Hkv, G, r, S]
-        total = raw.sum(-1, keepdim=True)
-        p = raw / total.masked_fill(total == 0, 1)
-        true = mixed = heads_last(p @ values)
-        mass = heads_last(p.sum(-1, keepdim=True))[..., 0]
-        if lse is not None:
-            base = pick(lse[..., None], sequences, rows).unflatten(2, raw.shape[1:3]).permute(0, 2, 3, 1, 4)
-            kept = torch.exp(scores - base.masked_fill(torch.isneginf(base), 0))
-            mixed, mass = heads_last(kept @ values), heads_last(kept.sum(-1, keepdim=True))[..., 0]
-        stored = round_to(true, fmt) if out is None else pick(out, sequences, rows)
-        finite["out"] = stored
-        outward = _by_head(((stored - true) * true.sign()).mean(-1)) / _by_head(ulp(true, fmt).mean(-1))
-        facts = {"o_bias": outward, **_facts(scores, raw, p, fmt, seen), "v_anisotropy": _lean(values, seen)}
-        facts["v_anisotropy"] = facts["v_anisotropy"].repeat_interleave(raw.shape[2])
-        return Probed(
-            sequences,
-            rows,
-            _used(stored, true, fmt, stable),
-            true,
-            mixed,
-            mass,
-            facts,
-            {name: torch.isfinite(t).all() for name, t in finite.items()},
-        )
+        return take(call, out, lse, fmt, self.rows, self.seed)
 
 
-def _facts(scores: Tensor, raw: Tensor, p: Tensor, fmt: FloatFormat, seen: Tensor) -> dict[str, Tensor]:
-    ties = (round_to(raw, fmt) == 1).sum(-1) >= 2
-    first = seen.int().argmax(-1, keepdim=True).expand(*p.shape[:-1], 1)
-    spread = -torch.xlogy(p, p).sum(-1)
-    rates = {"tie_rate": ties.double(), "sink_mass": p.gather(-1, first)[..., 0], "entropy": spread}
-    found = {name: _by_head(heads_last(value[..., None])[..., 0]) for name, value in rates.items()}
-    return found | {"max_logit": scores.amax((0, 3, 4)).flatten()}
+@torch.no_grad()
+def look_at(sample: Sample) -> Probed:
+    """Look at what was kept of a call, or of some that were stacked, without waiting for the device."""
+    calls, fmt, hidden = sample.calls, sample.fmt, sample.hidden()
+    keys, values = sample.keys_and_values(hidden)
+    seen = {"q": sample.q, "k": keys, "v": values}
+    keys, values = keys.to(torch.float64, memory_format=_DENSE), values.to(torch.float64, memory_format=_DENSE)
+    scores = sample.scores(keys, hidden)
+    top = scores.amax(-1, keepdim=True)
+    highest = top.unflatten(0, (calls, -1)).amax((1, 4, 5)).flatten(1)
+    top = top.masked_fill(torch.isneginf(top), 0)
+    raw = torch.exp(scores - top)  # [n, Hkv, G, r, S]
+    total = raw.sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1)
+    true = mixed = heads_last(_mix(raw, values) / total)
+    mass = heads_last((~hidden.all(-1, keepdim=True)).double().expand_as(total))[..., 0]
+    if sample.lse is not None:
+        base = sample.lse.unflatten(2, raw.shape[1:3]).permute(0, 2, 3, 1, 4).double()
+        kept = torch.exp(scores - base.masked_fill(torch.isneginf(base), 0))
+        mixed, mass = heads_last(_mix(kept, values)), heads_last(kept.sum(-1, keepdim=True))[..., 0]
+    out = round_to(true, fmt) if sample.out is None else sample.out
+    stored = out.double()
+    outward = _by_head(((stored - true) * true.sign()).mean(-1), calls) / _by_head(ulp(true, fmt).mean(-1), calls)
+    facts = {"o_bias": outward, **_rates(raw, total, fmt, hidden, calls), "max_logit": highest}
+    facts["v_anisotropy"] = _lean(values, hidden, calls).repeat_interleave(raw.shape[2], -1)
+    used = _used(stored, true, fmt, sample.stable)
+    largest = {name: _largest(part, calls) for name, part in (seen | {"out": out}).items()}
+    return Probed(calls, sample.sequences, sample.rows, used, true, mixed, mass, facts, largest)
 
 
-def _lean(values: Tensor, seen: Tensor) -> Tensor:
-    """[Hkv]: the largest abs(mean) / standard deviation of a channel, over the keys that some sampled row sees."""
-    weight = seen.any(-2)[..., None, :].double().expand(*values.shape[:-2], 1, values.shape[-2])
-    count = weight.sum((0, 2, 4))
-    mean, square = ((weight @ t).sum((0, 2, 3)) / count for t in (values, values.square()))
+def rounds_to_one(fmt: FloatFormat) -> float:
+    """The smallest number that rounds to 1, to nearest, ties to even: half the spacing below 1 is away from it.
+
+    Raises:
+        OptionError: 1 is no normal number of the format.
+    """
+    if not fmt.emin <= 0 <= fmt.emax:
+        raise OptionError(f"format {fmt.name!r} has emin={fmt.emin}, emax={fmt.emax}; probabilities need 1 between them")
+    return 1 - 2.0 ** (max(fmt.emin, -1) - fmt.p)
+
+
+def _mix(p: Tensor, values: Tensor) -> Tensor:
+    """P V, [n, Hkv, G, r, Dv]; heads of a group are rows of one product, so that no values are copied for them."""
+    mixed: Tensor = (p.flatten(2, 3) @ values).unflatten(2, p.shape[2:4])
+    return mixed
+
+
+def _rates(raw: Tensor, total: Tensor, fmt: FloatFormat, hidden: Tensor, calls: int) -> dict[str, Tensor]:
+    ties = (raw >= rounds_to_one(fmt)).sum(-1, keepdim=True) >= 2
+    first = hidden.to(torch.uint8).argmin(-1, keepdim=True).expand_as(total)
+    spread = torch.log(total) - torch.xlogy(raw, raw).sum(-1, keepdim=True) / total
+    rates = {"tie_rate": ties.double(), "sink_mass": raw.gather(-1, first) / total, "entropy": spread}
+    means = _by_head(heads_last(torch.cat(list(rates.values()), -1)), calls)
+    return dict(zip(rates, means.unbind(-1), strict=True))
+
+
+def _lean(values: Tensor, hidden: Tensor, calls: int) -> Tensor:
+    """[L, Hkv]: the largest abs(mean) / standard deviation of a channel, over the keys that some sampled row sees."""
+    weight = (~hidden.all(-2)).double().expand(*values.shape[:2], 1, values.shape[2])
+    count = weight.unflatten(0, (calls, -1)).sum((1, 3, 4))[..., None]
+    sums = ((weight @ t).unflatten(0, (calls, -1)).sum((1, 3)) for t in (values, values.square()))
+    mean, square = (t / count for t in sums)
     variance = (square - mean.square()).clamp(min=0)
-    return (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1)
+    lean: Tensor = (mean.abs() / variance.sqrt().clamp(min=1e-30)).amax(-1)
+    return lean
 
 
 def _used(stored: Tensor, true: Tensor, fmt: FloatFormat, stable: str) -> Tensor:
@@ -221,6 +269,13 @@ def _used(stored: Tensor, true: Tensor, fmt: FloatFormat, stable: str) -> Tensor
     return stored
 
 
-def _by_head(t: Tensor) -> Tensor:
-    """Mean over sampled rows: [m, r, H] -> [H]."""
-    return t.mean((0, 1))
+def _by_head(t: Tensor, calls: int) -> Tensor:
+    """Mean over sampled rows: [n, r, H, *] -> [L, H, *]."""
+    mean: Tensor = t.unflatten(0, (calls, -1)).mean((1, 2))
+    return mean
+
+
+def _largest(t: Tensor, calls: int) -> Tensor:
+    """[L]: largest size, in one pass over what came; infinite or NaN where an element is."""
+    size: Tensor = torch.linalg.vector_norm(t.unflatten(0, (calls, -1)).flatten(1), torch.inf, dim=1)
+    return size

@@ -1,16 +1,144 @@
-"""Sampled rows of a call of attention: what they see, and their scores in float64."""
+"""Sampled rows of calls of attention: what is kept of a call until it is looked at, and calls alike as one."""
 
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnkit._core.errors import ShapeError
+from attnkit.lab.numerics.formats import FloatFormat
 from attnkit.ops.attention.call import AttentionCall
 
-__all__ = ["heads_last", "keys_and_values", "pick", "sample_rows", "scores_of", "seen_keys"]
+__all__ = ["Sample", "heads_last", "pick", "sample_rows", "stacked", "take"]
 
 _SEQUENCES = 2  # of a batch, among which the rows are shared out
+
+
+class _Window(NamedTuple):
+    """What says which keys the sampled rows [m, r] of one call see, but for its bias."""
+
+    rows: Tensor
+    num_q: int
+    num_k: int
+    left: int
+    right: int
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+
+    def seen(self) -> Tensor:
+        """[m, r, S] bool."""
+        key = torch.arange(self.num_k, device=self.rows.device)
+        if self.cu_q is not None and self.cu_k is not None:
+            cu_q, cu_k = self.cu_q.long(), self.cu_k.long()
+            which = torch.searchsorted(cu_q[1:].contiguous(), self.rows, right=True)
+            first, stop = cu_k[which], cu_k[which + 1]
+            pos = self.rows - cu_q[which + 1] + stop
+            seen = (key >= first[..., None]) & (key < stop[..., None])
+        else:
+            pos = self.rows + self.num_k - self.num_q
+            seen = torch.ones(*self.rows.shape, self.num_k, dtype=torch.bool, device=self.rows.device)
+        offset = key - pos[..., None]
+        if self.left >= 0:
+            seen = seen & (offset >= -self.left)
+        return seen & (offset <= self.right) if self.right >= 0 else seen
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is kept of some calls alike, in their own dtypes: copies, so that the calls' tensors may go.
+
+    Attributes:
+        calls: how many; the first one's n sequences come first.
+        fmt: what outputs and probabilities are rounded to.
+        stable: how the backward pass forms delta.
+        scale: of the scores.
+        kind: equal for calls that may be stacked.
+        sequences, rows: [n] and [n, r], where `pick` finds these rows in the gradient of the output.
+        q, k, v: [n, r, H, D], [n, S, Hkv, D] and [n, S, Hkv, Dv].
+        out: [n, r, H, Dv], what the calls returned; None means the true output rounded once.
+        lse: [n, r, H, 1], what probabilities are made from; None means the exact one.
+        bias: of keys, [n, S, 1 or Hkv]; None where there is none.
+        window: of one call.
+    """
+
+    calls: int
+    fmt: FloatFormat
+    stable: str
+    scale: float
+    kind: Hashable = field(repr=False)
+    sequences: Tensor = field(repr=False)
+    rows: Tensor = field(repr=False)
+    q: Tensor = field(repr=False)
+    k: Tensor = field(repr=False)
+    v: Tensor = field(repr=False)
+    out: Tensor | None = field(repr=False)
+    lse: Tensor | None = field(repr=False)
+    bias: Tensor | None = field(repr=False)
+    window: _Window = field(repr=False)
+
+    @property
+    def elements(self) -> int:
+        """Of scores, keys and values: a look needs some eight bytes a few times for each of them."""
+        return self.k.numel() + self.v.numel() + self.q.shape[:3].numel() * self.k.shape[1]
+
+    def hidden(self) -> Tensor:
+        """[n, 1 or Hkv, 1, r, S] bool: the keys that rows do not see."""
+        hidden = (~self.window.seen()).repeat(self.calls, 1, 1)[:, None, None]
+        return hidden if self.bias is None else hidden | torch.isneginf(self.bias.transpose(1, 2))[:, :, None, None]
+
+    def keys_and_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, Hkv, S, *], in the calls' dtype; what no sampled row sees may hold anything, and is 0."""
+        unseen = hidden.all(-2).squeeze(2)[..., None]  # [n, 1 or Hkv, S, 1]
+        keys, values = (tensor.transpose(1, 2).masked_fill(unseen, 0) for tensor in (self.k, self.v))
+        return keys, values
+
+    def scores(self, keys: Tensor, hidden: Tensor) -> Tensor:
+        """[n, Hkv, G, r, S] in float64, -inf where a row does not see a key; from keys [n, Hkv, S, D] in float64."""
+        queries = (self.q.double() * self.scale).unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
+        scores: Tensor = (queries.flatten(2, 3) @ keys.mT).unflatten(2, queries.shape[2:4])
+        if self.bias is not None:
+            scores = scores + self.bias.double().transpose(1, 2)[:, :, None, None]
+        return scores.masked_fill(hidden, -torch.inf)
+
+
+def take(call: AttentionCall, out: Tensor | None, lse: Tensor | None, fmt: FloatFormat, rows: int, seed: int) -> Sample:
+    """Copy what a look at some rows of a call needs: rows of queries and outputs, two sequences' keys and values.
+
+    Raises:
+        ShapeError: there is no row.
+    """
+    where = sample_rows(call.q, rows, seed)
+    k, v = ((t[None] if t.dim() == 3 else t)[where[0]] for t in (call.k, call.v))
+    bias = call.key_bias
+    if bias is not None:
+        bias = (bias[None] if call.q.dim() == 3 else bias)[where[0]]
+        bias = bias[..., None] if bias.dim() == 2 else bias
+    lse = None if lse is None else pick(lse[..., None], *where)
+    q, out = pick(call.q, *where), None if out is None else pick(out, *where)
+    window = _Window(
+        where[1], call.q.shape[-3], call.k.shape[-3], call.left, call.right, call.cu_seqlens_q, call.cu_seqlens_k
+    )  # fmt: skip
+    looks = (None if part is None else (part.shape, part.dtype, part.device) for part in (q, k, v, out, lse, bias))
+    alike = (id(part) if isinstance(part, Tensor) else part for part in window)  # the sample keeps them: ids stay theirs
+    return Sample(
+        1, fmt, call.stable, call.scale, (fmt, call.stable, call.scale, *alike, *looks), *where, q, k, v, out, lse, bias, window
+    )
+
+
+def stacked(samples: Sequence[Sample]) -> Sample:
+    """Calls of one kind as one; their gradients are then to be given as sampled rows, one call after the other."""
+    first = samples[0]
+    sequences = torch.arange(len(samples) * len(first.q), device=first.q.device)
+    rows = torch.arange(first.q.shape[1], device=first.q.device).expand(len(sequences), -1)
+    parts: dict[str, Any] = {
+        name: torch.cat([getattr(sample, name) for sample in samples])
+        for name in ("q", "k", "v", "out", "lse", "bias")
+        if getattr(first, name) is not None
+    }
+    return replace(first, calls=len(samples), sequences=sequences, rows=rows, **parts)
 
 
 def sample_rows(q: Tensor, rows: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -35,59 +163,10 @@ def _sample_rows(batch: int, count: int, rows: int, seed: int, device: torch.dev
     return sequences.to(device), chosen.to(device)
 
 
-def seen_keys(call: AttentionCall, sequences: Tensor, rows: Tensor) -> Tensor:
-    """[m, 1 or Hkv, 1, r, S] bool: the keys that the sampled rows see."""
-    num_q, num_k = call.q.shape[-3], call.k.shape[-3]
-    key = torch.arange(num_k, device=rows.device)
-    if call.cu_seqlens_q is not None and call.cu_seqlens_k is not None:
-        cu_q, cu_k = call.cu_seqlens_q.long(), call.cu_seqlens_k.long()
-        which = torch.searchsorted(cu_q[1:].contiguous(), rows, right=True)
-        first, stop = cu_k[which], cu_k[which + 1]
-        pos = rows - cu_q[which + 1] + stop
-        seen = (key >= first[..., None]) & (key < stop[..., None])
-    else:
-        pos = rows + num_k - num_q
-        seen = torch.ones(*rows.shape, num_k, dtype=torch.bool, device=rows.device)
-    offset = key - pos[..., None]
-    if call.left >= 0:
-        seen = seen & (offset >= -call.left)
-    if call.right >= 0:
-        seen = seen & (offset <= call.right)
-    seen = seen[:, None, None]
-    return seen if call.key_bias is None else seen & ~torch.isneginf(_bias(call, sequences))
-
-
-def _bias(call: AttentionCall, sequences: Tensor) -> Tensor:
-    """The key bias of the sampled sequences, [m, 1 or Hkv, 1, 1, S] in float64."""
-    assert call.key_bias is not None
-    bias = call.key_bias[None] if call.q.dim() == 3 else call.key_bias
-    bias = bias[sequences].double()
-    bias = bias[..., None] if bias.dim() == 2 else bias
-    return bias.transpose(1, 2)[:, :, None, None]
-
-
-def keys_and_values(call: AttentionCall, sequences: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [m, Hkv, 1, S, *]; what no sampled row sees may hold anything, and is 0."""
-    unseen = ~seen.any(-2)[..., None]  # [m, 1 or Hkv, 1, S, 1]
-    batched = (tensor[None] if tensor.dim() == 3 else tensor for tensor in (call.k, call.v))
-    keys, values = (tensor[sequences].transpose(1, 2)[:, :, None].masked_fill(unseen, 0) for tensor in batched)
-    return keys, values
-
-
-def scores_of(call: AttentionCall, sequences: Tensor, queries: Tensor, keys: Tensor, seen: Tensor) -> Tensor:
-    """[m, Hkv, G, r, S] in float64, -inf where a row does not see a key; from sampled queries [m, r, H, D]."""
-    queries = queries.unflatten(2, (keys.shape[1], -1)).permute(0, 2, 3, 1, 4)
-    scores: Tensor = queries @ keys.transpose(-1, -2) * call.scale
-    if call.key_bias is not None:
-        scores = scores + _bias(call, sequences)
-    return scores.masked_fill(~seen, -torch.inf)
-
-
 def pick(tensor: Tensor, sequences: Tensor, rows: Tensor) -> Tensor:
-    """Sampled rows of [B, T, H, *] or packed [R, H, *], [m, r, H, *] in float64."""
+    """Sampled rows of [B, T, H, *] or packed [R, H, *], [m, r, H, *]."""
     batched = tensor[None] if tensor.dim() == 3 else tensor
-    picked: Tensor = batched[sequences[:, None], rows].double()
-    return picked
+    return batched[sequences[:, None], rows]
 
 
 def heads_last(t: Tensor) -> Tensor:

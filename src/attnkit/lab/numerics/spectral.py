@@ -39,7 +39,11 @@ class SpectralNorms:
             step = max(1, _TOGETHER // max(shape.numel(), 1))
             parts = [names[first : first + step] for first in range(0, len(names), step)]
             found += [(part, self._iterate(part, [matrices[name] for name in part])) for part in parts]
-        values = {name: value for part, norms in found for name, value in zip(part, norms.tolist(), strict=True)}
+        if not found:
+            return {}
+        home = found[0][1].device
+        norms = torch.cat([part.to(home) for _, part in found]).tolist()  # one wait for all
+        values = dict(zip([name for part, _ in found for name in part], norms, strict=True))
         return {name: values[name] for name in matrices}
 
     @torch.no_grad()

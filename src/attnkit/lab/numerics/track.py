@@ -14,6 +14,7 @@ from attnkit.lab.numerics.probe import FACTS
 __all__ = ["LEVELS", "Track"]
 
 LEVELS = ("calm", "watch", "warn", "act")
+_SUMMED = ("shift_leak", *(name for name in FACTS if name != "max_logit"))
 _TIE_RATE, _ANISOTROPY, _GROWTH = 0.05, 2.0, 0.1  # growth of a spectral norm in 100 steps
 
 
@@ -32,16 +33,17 @@ class Track:
         self.name, self.drift = name, Drift()
         self.norms: dict[str, float] = {}
         self._older: deque[tuple[int, dict[str, float]]] = deque(maxlen=WINDOW)
-        self._sums: dict[str, Tensor] = {}
+        self._sums: Tensor | None = None  # [facts, H]
+        self._highest: Tensor | None = None
 
     def add(self, step: int, report: ProbeReport, norms: dict[str, float]) -> None:
         """Take over one sample."""
         assert report.shift_leak is not None  # reports of a watch have met their gradient
         self.drift.add(report.relative_eps())
-        for name, value in {"shift_leak": report.shift_leak, **{name: getattr(report, name) for name in FACTS}}.items():
-            before = self._sums.get(name)
-            worse = value if before is None else torch.maximum(before, value) if name == "max_logit" else before + value
-            self._sums[name] = worse
+        facts = torch.stack([getattr(report, name) for name in _SUMMED])
+        self._sums = facts if self._sums is None else self._sums + facts
+        highest = report.max_logit
+        self._highest = highest if self._highest is None else torch.maximum(self._highest, highest)
         self.norms = norms
         self._older.append((step, norms))
 
@@ -99,4 +101,7 @@ class Track:
         return {"step": step, "layer": self.name, "head": head, "stable": stable, **facts}
 
     def _means(self) -> dict[str, Tensor]:
-        return {name: value if name == "max_logit" else value / self.drift.samples for name, value in self._sums.items()}
+        assert self._sums is not None
+        assert self._highest is not None
+        means = dict(zip(_SUMMED, self._sums / self.drift.samples, strict=True))
+        return {name: self._highest if name == "max_logit" else means[name] for name in ("shift_leak", *FACTS)}

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from attnkit._core.errors import InputError, UnsupportedError
-from attnkit.lab.numerics.measured import NOT_FINITE, Measured, ProbeReport, reports
-from attnkit.lab.numerics.probe import Probed, RoundingBiasProbe
+from attnkit.lab.numerics.measured import NOT_FINITE, ProbeReport, reports
+from attnkit.lab.numerics.probe import Probed, RoundingBiasProbe, look_at
+from attnkit.lab.numerics.sampled import Sample, pick, stacked
 from attnkit.modules import SoftmaxAttention
 
 __all__ = ["Watch", "attention_layers"]
+
+_TOGETHER = 2**25  # scores, keys and values that are looked at together, 256 MiB in float64; as many at most are kept
 
 
 def attention_layers(model: nn.Module) -> dict[str, SoftmaxAttention]:
@@ -35,6 +38,9 @@ def attention_layers(model: nn.Module) -> dict[str, SoftmaxAttention]:
 class Watch:
     """Probes the first call with a gradient of every layer while it is installed.
 
+    During the passes it copies rows, and of two sequences all keys and values; `collect` looks at calls of one kind together,
+    which launches as many kernels as one look. What would be more than 2^25 numbers is looked at earlier.
+
     Args:
         layers: name -> layer.
         probe: what looks.
@@ -50,8 +56,10 @@ class Watch:
         self.found: dict[str, ProbeReport] = {}
         self.lost: dict[str, str] = {}
         self.seconds = 0.0
-        self._probed: dict[str, Probed] = {}
-        self._measured: dict[str, Measured] = {}
+        self._seen: set[str] = set()
+        self._kept: dict[str, Sample] = {}
+        self._probed: list[tuple[list[str], Probed]] = []
+        self._grads: dict[str, Tensor] = {}
         self._undo = ExitStack()
 
     def install(self) -> None:
@@ -59,7 +67,8 @@ class Watch:
 
         Compiled parts of any model run uncompiled until `remove`.
         """
-        self.found, self.lost, self._probed, self._measured = {}, {}, {}, {}
+        self.found, self.lost = {}, {}
+        self._forget()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it would take seconds
             self._undo.enter_context(torch.compiler.set_stance("force_eager"))
         for name, layer in self._layers.items():
@@ -77,7 +86,13 @@ class Watch:
             InputError: a layer was given NaN or infinities.
         """
         started = time.perf_counter()
-        for (name, _), (report, faults) in zip(self._measured.items(), reports(list(self._measured.values())), strict=True):
+        self._kept = {name: sample for name, sample in self._kept.items() if name in self._grads}
+        self._look()
+        measured = [probed.finish(self._gradients(names, probed)) for names, probed in self._probed]
+        names = [name for names, _ in self._probed for name in names]
+        results = dict(zip(names, reports(measured), strict=True))
+        for name in self._grads:
+            report, faults = results[name]
             inputs = [fault for fault in faults if fault != "d_out"]
             if inputs:
                 raise InputError(f"{name}: {inputs[0]} {NOT_FINITE}")
@@ -85,28 +100,53 @@ class Watch:
                 self.lost[name] = f"d_out {NOT_FINITE}"
             else:
                 self.found[name] = report
-        self._measured = {}
+        self._forget()
         self.seconds += time.perf_counter() - started
 
     def _watched(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         def watched(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
             out = operator(q, k, v, **options)
             # what a checkpoint computes again has no backward pass of its own, or its first pass had none
-            if name not in self._probed and out.requires_grad and not torch.compiler.is_compiling():
-                self._look(name, q, k, v, out, options)
+            if name not in self._seen and out.requires_grad and not torch.compiler.is_compiling():
+                self._take(name, q, k, v, out, options)
             return out
 
         return watched
 
-    def _look(self, name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
+    def _take(self, name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         started = time.perf_counter()
         options.pop("out_dtype", None)
-        self._probed[name] = self._probe.look(q, k, v, out=out, **options)
-        out.register_hook(partial(self._receive, name))
+        sample = self._probe.take(q, k, v, out=out, **options)
+        if sum(kept.elements for kept in self._kept.values()) + sample.elements > _TOGETHER:
+            self._look()
+        self._seen.add(name)
+        self._kept[name] = sample
+        out.register_hook(partial(self._receive, name, sample.sequences, sample.rows))
         self.seconds += time.perf_counter() - started
 
-    def _receive(self, name: str, d_out: Tensor) -> None:
+    @torch.no_grad()
+    def _receive(self, name: str, sequences: Tensor, rows: Tensor, d_out: Tensor) -> None:
         """The gradient of a layer's output has come."""
         started = time.perf_counter()
-        self._measured[name] = self._probed[name].finish(d_out)
+        self._grads[name] = pick(d_out, sequences, rows)
         self.seconds += time.perf_counter() - started
+
+    def _look(self) -> None:
+        """Turn all that is kept into what waits for gradients, calls of one kind together."""
+        alike: dict[Hashable, list[str]] = {}
+        for name, sample in self._kept.items():
+            alike.setdefault(sample.kind, []).append(name)
+        for names in alike.values():
+            self._probed.append((names, look_at(stacked([self._kept[name] for name in names]))))
+        self._kept = {}
+
+    def _gradients(self, names: Sequence[str], probed: Probed) -> Tensor:
+        """Gradients of the sampled rows of some layers, 0 where none came."""
+        parts = probed.true.unflatten(0, (len(names), -1))
+        return torch.cat([
+            self._grads[name] if name in self._grads else torch.zeros_like(part)
+            for name, part in zip(names, parts, strict=True)
+        ])  # fmt: skip
+
+    def _forget(self) -> None:
+        self._seen, self._kept, self._probed, self._grads = set(), {}, [], {}
