@@ -86,8 +86,10 @@ def _measure(settings: Settings, length: int, seed: int, alpha: float, place: Pl
     name = _name(length, seed, alpha)
     document = _train(settings, place, name, retriever, trained, held, length, seed, settings.steps)
     with quiet_transformers():
-        retriever = Retriever.from_pretrained(place.run_folder(name) / "model").to(place.device).eval()
-    found = judge(retriever, PairRows(held, count=settings.pairs, length=length, rows=None), place.precision)
+        judged: Any = Retriever.from_pretrained(place.run_folder(name) / "model")
+    found = judge(
+        judged.to(place.device).eval(), PairRows(held, count=settings.pairs, length=length, rows=None), place.precision
+    )
     times = [line["step_ms_p50"] for line in document["rows"] if line["step_ms_p50"]]
     return [
         {
