@@ -45,11 +45,11 @@ class Settings:
     dim: int = 256
     layers: int = 4
     heads: int = 4
-    pairs: int = 64
-    masked_steps: int = 100
-    steps: int = 200
+    pairs: int = 32
+    masked_steps: int = 200
+    steps: int = 800
     learning_rate: float = 1e-3
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0,)
 
 
 def _name(length: int, seed: int, alpha: float) -> str:
