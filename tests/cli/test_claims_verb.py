@@ -62,6 +62,7 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "entmax-lm": (("lengths=64", "layers=1"), {"validation_loss", "step_ms", "norm"}),
     "scfa-lm": (("lengths=64", "layers=1"), {"validation_loss", "step_ms", "arm", "curve"}),
     "entmax-encoder": (("lengths=16", "alphas=1,1.5"), {"accuracy", "alpha"}),
+    "entmax-retrieval": (("lengths=32", "alphas=1.5"), {"ndcg", "alpha"}),
     "mlstm-transfer": ((), {"before", "after", "gate"}),
     "mlstm-lm": (("layers=1",), {"validation_loss", "step_ms", "arm", "curve"}),
 }

@@ -7,6 +7,7 @@ from attnkit.lab.claims import (
     entmax_iterations,
     entmax_lm,
     entmax_recall,
+    entmax_retrieval,
     mlstm_lm,
     mlstm_transfer,
     scfa_lm,
@@ -23,6 +24,7 @@ for _module in (
     entmax_lm,
     scfa_lm,
     entmax_encoder,
+    entmax_retrieval,
     mlstm_transfer,
     mlstm_lm,
 ):
