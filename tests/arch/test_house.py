@@ -83,6 +83,7 @@ def test_every_module_imports_without_the_extras_it_may_lack() -> None:
         "attnkit.testing",
         "attnkit.lab.bench.training",
         "attnkit.lab.claims.reader",
+        "attnkit.lab.claims.retriever",
         "attnkit.lab.compare",
         "attnkit.lab.numerics.callback",
         "attnkit.lab.numerics.stored_attention",
