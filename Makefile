@@ -5,7 +5,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # the oldest transformers that is promised to work, beside the pinned one (and what it needs in other versions)
 FLOOR := transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 OUT ?= report
-# where pytest-xdist is installed, GPU tests spread over the processor's cores: compiling is most of their time
+# tests spread over the processor's cores, at most eight of them
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
+# where pytest-xdist is installed, GPU tests do so, too: compiling is most of their time
 SPREAD = $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n auto --dist worksteal)
 
 .PHONY: help demo test check format test-full test-floor test-gpu bench docs clean
@@ -45,7 +47,7 @@ demo: .venv/.assets  ## compare inference methods on a real model and text; writ
 	$(BIN)/attnkit demo --out $(OUT)
 
 test: check test-floor .venv/.assets  ## all checks and the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 check: .venv/.dev  ## format, lint, types, layers, spelling
 	$(BIN)/ruff format --check .
@@ -59,7 +61,7 @@ format: .venv/.dev  ## rewrite files in the house style
 	$(BIN)/ruff check --fix .
 
 test-floor: .venv/.floor  ## what touches transformers, on the oldest supported version
-	PYTHONPATH=.venv/floor $(BIN)/python -m pytest tests/kv tests/models tests/inference tests/training
+	PYTHONPATH=.venv/floor $(BIN)/python -m pytest tests/kv tests/models tests/inference tests/training $(WORKERS)
 
 test-gpu:  ## conformance and gradients on the GPU, in the interpreter's own environment; hundreds of kernels are compiled
 	PYTHONPATH=src $(PYTHON) -m pytest tests/gpu tests/lab -m gpu -p no:benchmark $(SPREAD)
