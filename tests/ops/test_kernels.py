@@ -184,10 +184,10 @@ def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
     script = Path(__file__).with_name("compile_kernels.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "134 variants compiled" in done.stdout
+    assert "146 variants compiled" in done.stdout
 
 
 @triton.jit
