@@ -9,6 +9,7 @@ from torch import Tensor
 
 from attnkit import errors, ops
 from attnkit.ops import ChunkLayout, RecurrentState
+from attnkit.ops._chunkwise_core.call import auto_chunk_size
 
 
 def _draw(length: int = 37, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -150,3 +151,20 @@ def test_states_move_and_are_picked() -> None:
     assert torch.equal(picked.S[0], state.S[2])
     assert state.expand(2).nbytes == 2 * state.nbytes == 2 * 4 * 3 * 2 * (30 + 6 + 1)
     assert state.to(torch.float64).S.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("learned", [True, False])
+def test_gradients_of_slopes_leave_kernels_of_16_bits(dtype: torch.dtype, learned: bool) -> None:
+    """They add up over all tokens what one rounding of a state costs."""
+    q, k, v = (torch.randn(1, 5, 2, 16, dtype=dtype) for _ in range(3))
+    slopes = ops.lightning_slopes(2).requires_grad_(learned)
+    reasons = ops.explain("lightning_attention", q, k, v, slopes).rejected.get("triton", [])
+    assert any("gradients of slopes" in reason for reason in reasons) == (learned and dtype == torch.bfloat16)
+
+
+def test_chunks_of_wide_states_are_long() -> None:
+    """Each chunk writes a state."""
+    sizes = [auto_chunk_size(width, width_v, 8192) for width, width_v in ((64, 64), (127, 128), (128, 128), (256, 512))]
+    assert sizes == [64, 64, 128, 128]
+    assert [auto_chunk_size(128, 128, longest) for longest in (0, 1, 17, 64, 65)] == [16, 16, 32, 64, 128]
