@@ -15,9 +15,10 @@ from attnkit._core.errors import InputError
 from attnkit._core.files import write_text
 from attnkit._core.settings import settings
 
-__all__ = ["Config", "ConfigTable", "Key"]
+__all__ = ["WIDTHS", "Config", "ConfigTable", "Key", "by_width"]
 
 Key = tuple[str, int, int]
+WIDTHS = (16, 32, 64, 128, 256)
 _SCHEMA = "attnkit.tuned/1"
 
 
@@ -43,6 +44,11 @@ class Config:
 
     def __str__(self) -> str:
         return f"{self.block_m} x {self.block_n}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+def by_width(kernel: str, bits: int, *configs: tuple[int, int, int, int]) -> dict[Key, Config]:
+    """One configuration of a kernel, (rows, columns, warps, stages), for each of `WIDTHS`."""
+    return {(kernel, bits, width): Config(*config) for width, config in zip(WIDTHS, configs, strict=True)}
 
 
 class ConfigTable:

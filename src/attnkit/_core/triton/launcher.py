@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["launch"]
+__all__ = ["launch", "power_of_two", "precision"]
 
 _CAPACITY = 4096  # shapes that never come back (a growing cache of keys) must not pile up
 _ALIGNMENT = 16  # what Triton distinguishes, bytes
@@ -41,3 +41,13 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], flags
         if len(_variants) >= _CAPACITY:
             _variants.clear()
         _variants[key] = compiled, tuple(flags[name] for name in kernel.arg_names[len(arguments) :])
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is below neither n nor `least` (Triton's own function of this kind takes microseconds)."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def precision() -> str:
+    """How kernels multiply float32: as torch was allowed to."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # set by either API

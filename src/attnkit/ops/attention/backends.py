@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from attnkit._core.devices import capability
 from attnkit._core.dispatch import Backend, only_when_named
-from attnkit._core.triton import HAS_TRITON, interpreted
+from attnkit._core.triton.refusals import kernels_avoid, kernels_refuse, old_gpu
 from attnkit.ops.attention import flash4
 from attnkit.ops.attention._register import run_blockwise, run_fa4, run_triton
 from attnkit.ops.attention.call import AttentionCall, CoreCall
@@ -62,13 +62,8 @@ def _fused_refuses(call: AttentionCall) -> list[str]:
             reasons.append("head width is no multiple of 8")
         if call.deterministic and call.needs_grad:
             reasons.append("its backward is not deterministic")
-        reasons += _old_gpu(call)
+        reasons += old_gpu(call.q.device)
     return reasons
-
-
-def _old_gpu(call: CoreCall) -> list[str]:
-    old = capability(call.q.device) < (8, 0)
-    return ["a GPU older than compute capability 8.0"] if old else []
 
 
 def _fa4(call: AttentionCall) -> Result:
@@ -147,23 +142,12 @@ def _arguments(call: AttentionCall) -> tuple[Any, ...]:
 
 def triton_refuses(call: CoreCall) -> list[str]:
     """What none of the core's kernels can do."""
-    if not HAS_TRITON:
-        return ["Triton is not installed; run: pip install 'attnkit[triton]'"]
-    device, dtype = call.q.device, call.q.dtype
-    reasons = [f"{dtype} (the kernels take 16 and 32 bits)"] if dtype == torch.float64 else []
-    if device.type == "cpu" and interpreted():
-        if dtype in (torch.float16, torch.bfloat16):
-            reasons.append(f"{dtype} (Triton's interpreter computes bfloat16 wrongly and float16 slowly)")
-    elif device.type != "cuda":
-        reasons.append(f"device {device.type}")
-    else:
-        reasons += _old_gpu(call)
-    return reasons
+    return kernels_refuse(call.q.device, call.q.dtype)
 
 
 def triton_avoids(call: CoreCall) -> list[str]:
     """Where they should not run by themselves."""
-    return ["Triton's interpreter only runs when named"] if call.q.device.type == "cpu" else []
+    return kernels_avoid(call.q.device)
 
 
 def _triton(call: AttentionCall) -> Result:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from attnkit._core.devices import capability
 from attnkit._core.dispatch import Backend, only_when_named
-from attnkit._core.triton import HAS_TRITON, interpreted
+from attnkit._core.triton.refusals import kernels_avoid, kernels_refuse
 from attnkit.ops.entmax._register import run_torch, run_triton
 from attnkit.ops.entmax.call import EntmaxCall
 from attnkit.ops.entmax.reference import dense_entmax
@@ -18,24 +17,12 @@ def _is_softmax(call: EntmaxCall) -> bool:
 
 
 def _triton_refuses(call: EntmaxCall) -> list[str]:
-    if not HAS_TRITON:
-        return ["Triton is not installed; run: pip install 'attnkit[triton]'"]
-    device, dtype = call.rows.device, call.rows.dtype
-    reasons = [f"{dtype} (the kernel takes 16 and 32 bits)"] if dtype == torch.float64 else []
-    if _is_softmax(call):
-        reasons.append("alpha=1, which is torch's softmax")
-    if device.type == "cpu" and interpreted():
-        if dtype in (torch.float16, torch.bfloat16):
-            reasons.append(f"{dtype} (Triton's interpreter computes bfloat16 wrongly and float16 slowly)")
-    elif device.type != "cuda":
-        reasons.append(f"device {device.type}")
-    elif capability(device) < (8, 0):
-        reasons.append("a GPU older than compute capability 8.0")
-    return reasons
+    own = ["alpha=1, which is torch's softmax"] if _is_softmax(call) else []
+    return kernels_refuse(call.rows.device, call.rows.dtype, *own)
 
 
 def _triton_avoids(call: EntmaxCall) -> list[str]:
-    return ["Triton's interpreter only runs when named"] if call.rows.device.type == "cpu" else []
+    return kernels_avoid(call.rows.device)
 
 
 def _triton(call: EntmaxCall) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnkit._core.triton.configs import Config
-from attnkit._core.triton.launcher import launch
+from attnkit._core.triton.launcher import launch, power_of_two, precision
 from attnkit.ops._attention_core._triton import backward as kb
 from attnkit.ops._attention_core._triton import forward as kf
 from attnkit.ops._attention_core._triton.configs import CONFIGS
@@ -32,11 +32,6 @@ _DECODE_ROWS = 16
 _ENTMAX_REGISTERS = 168  # three programs of 128 threads on a multiprocessor instead of two: the forward pass is 1.15x faster
 _LISTED_WIDTH = 128
 _PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
-
-
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is not below n (Triton's own function of this kind takes microseconds)."""
-    return 1 << (n - 1).bit_length()
 
 
 def _cdiv(n: int, block: int) -> int:
@@ -86,7 +81,7 @@ class Launch:
         _, self.num_k, self.kv_heads, self.width_v = self.v.shape
         self.group = self.heads // self.kv_heads
         self.num_seqs = 0 if self.cu_q is None else self.cu_q.shape[0] - 1
-        self.block_d, self.block_dv = max(16, _power_of_two(self.width)), max(16, _power_of_two(self.width_v))
+        self.block_d, self.block_dv = power_of_two(self.width, 16), power_of_two(self.width_v, 16)
 
     def config(self, kernel: str) -> Config:
         """Tile sizes of one kernel for this call."""
@@ -124,7 +119,7 @@ class Launch:
             "BIAS": self.key_bias is not None,
             "EVEN": self.block_d == self.width and self.block_dv == self.width_v,
             "NORM": self.norm,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee",  # set by either API
+            "PRECISION": precision(),
         }
         stages = config.num_stages
         if self.q_rows is not None and kernel is not kb.bwd_dkdv:
@@ -187,7 +182,7 @@ def _row_tiles(p: Launch) -> tuple[Config, int, int, int]:
     packs = p.group > 1 and p.num_q <= _PACK_ROWS and p.gaps is None
     group = p.group if packs else 1
     config = p.config("decode" if p.num_q * group <= _DECODE_ROWS else "fwd")
-    block_m = config.block_m if config.block_m >= group else _power_of_two(group)
+    block_m = config.block_m if config.block_m >= group else power_of_two(group)
     return config, block_m, group, p.num_tiles(p.num_q, block_m // group)
 
 

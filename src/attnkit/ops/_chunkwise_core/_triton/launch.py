@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnkit._core.triton.configs import Config
-from attnkit._core.triton.launcher import launch
+from attnkit._core.triton.launcher import launch, power_of_two, precision
 from attnkit.ops._chunkwise_core._triton import gradients as kb
 from attnkit.ops._chunkwise_core._triton.configs import CONFIGS
 from attnkit.ops._chunkwise_core._triton.gates import chunk_sums
@@ -21,11 +21,8 @@ __all__ = ["backward", "forward"]
 
 _ROWS = {2: 64, 4: 32}  # that a step of the walk takes, by bytes of an element
 _CHUNKS_A_SEGMENT = 4  # at least, where sequences are split
+_NARROWEST = 16  # tile of a matrix unit
 _MERGED = 1024  # elements of a state that a program merges
-
-
-def _power_of_two(n: int) -> int:
-    return max(16, 1 << (n - 1).bit_length())
 
 
 @cache
@@ -90,19 +87,19 @@ class _Problem:
 
     def config(self, kernel: str) -> Config:
         """Tile sizes of one kernel for this call."""
-        return CONFIGS.pick(kernel, self.q.element_size() * 8, _power_of_two(self.width), self.q.device)
+        return CONFIGS.pick(kernel, self.q.element_size() * 8, power_of_two(self.width, _NARROWEST), self.q.device)
 
     def columns(self, config: Config) -> int:
         """Columns of values that a tile takes, no more than there are."""
-        return min(config.block_n, _power_of_two(self.width_v))
+        return min(config.block_n, power_of_two(self.width_v, _NARROWEST))
 
     def tiled(self, kernel: Any, config: Config, columns: int, heads: int, arguments: tuple[Any, ...]) -> None:
         """Run a kernel over tiles of rows (and `columns` tiles of values) of every head of every chunk."""
         t = self.table
         rows = min(config.block_m, t.chunk_size)
         flags = {
-            "BLOCK_M": rows, "BLOCK_D": _power_of_two(self.width), "BLOCK_V": self.columns(config), "BLOCK_L": t.chunk_size,
-            "NORM": self.normalize, "PRECISION": _precision(),
+            "BLOCK_M": rows, "BLOCK_D": power_of_two(self.width, _NARROWEST), "BLOCK_V": self.columns(config),
+            "BLOCK_L": t.chunk_size, "NORM": self.normalize, "PRECISION": precision(),
         }  # fmt: skip
         grid = (columns * (t.chunk_size // rows) * heads * t.num_chunks,)
         launch(kernel, grid, arguments, flags, num_warps=config.num_warps, num_stages=config.num_stages)
@@ -116,10 +113,6 @@ class _Problem:
 def _rows(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     x = x if cu_seqlens is None else x[None]
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # set by either API
 
 
 @dataclass
@@ -169,7 +162,7 @@ def _new_walk(
 def _walk_tiles(p: _Problem) -> tuple[Config, int, int, int]:
     """The configuration, rows and columns of a tile of a state, and how many tiles it has."""
     config = p.config("walk")
-    block_k, block_v = min(config.block_m, _power_of_two(p.width)), p.columns(config)
+    block_k, block_v = min(config.block_m, power_of_two(p.width, _NARROWEST)), p.columns(config)
     return config, block_k, block_v, -(-p.width // block_k) * -(-p.width_v // block_v)
 
 
@@ -220,7 +213,7 @@ def _step(p: _Problem, w: _Walk, segments: int) -> None:
     flags = {
         "BLOCK_K": block_k, "BLOCK_V": block_v, "BLOCK_L": t.chunk_size,
         "BLOCK_R": min(_ROWS[p.q.element_size()], t.chunk_size),
-        "NORM": p.normalize, "REVERSE": w.reverse, "PRECISION": _precision(),
+        "NORM": p.normalize, "REVERSE": w.reverse, "PRECISION": precision(),
     }  # fmt: skip
     grid = (tiles * p.kv_heads * segments * t.num_seqs,)
     launch(walk, grid, arguments, flags, num_warps=config.num_warps, num_stages=config.num_stages)

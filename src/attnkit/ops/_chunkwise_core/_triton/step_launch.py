@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from attnkit._core.triton.launcher import launch
+from attnkit._core.triton.launcher import launch, power_of_two
 from attnkit.ops._chunkwise_core._triton.step import step
 
 __all__ = ["run"]
@@ -32,10 +31,10 @@ def run(
         given = (None if t is None else new_t for t, new_t in zip((S, n, m), new, strict=True))
         arguments = (q, k, v, i, f, S, n, m, out, *given, *strides, heads, width, width_v, scale, eps)
         flags: dict[str, Any] = {
-            "GATES": gates, "NORMALIZE": n is not None, "GROUP": group, "BLOCK_G": triton.next_power_of_2(group),
-            "BLOCK_D": min(MOST_ROWS, max(16, triton.next_power_of_2(width))),
-            "BLOCK_V": min(MOST_COLUMNS, max(16, triton.next_power_of_2(width_v))),
+            "GATES": gates, "NORMALIZE": n is not None, "GROUP": group, "BLOCK_G": power_of_two(group),
+            "BLOCK_D": min(MOST_ROWS, power_of_two(width, 16)),
+            "BLOCK_V": min(MOST_COLUMNS, power_of_two(width_v, 16)),
         }  # fmt: skip
-        grid = (batch * heads * triton.cdiv(width_v, flags["BLOCK_V"]),)
+        grid = (batch * heads * -(-width_v // flags["BLOCK_V"]),)
         launch(step, grid, arguments, flags, num_warps=4)
     return out, new[0], new[1], new[2]

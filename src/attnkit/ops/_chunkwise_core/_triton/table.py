@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from attnkit._core.triton.launcher import power_of_two
 from attnkit.ops._chunkwise_core.layout import ChunkLayout
 
 __all__ = ["ChunkTable"]
@@ -47,4 +48,4 @@ class ChunkTable:
 
     def block_heads(self, heads: int) -> int:
         """Heads whose gates a program works on."""
-        return min(1 << (heads - 1).bit_length(), max(1, _GATES // self.chunk_size))
+        return min(power_of_two(heads), max(1, _GATES // self.chunk_size))

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkit._core.triton.launcher import launch
+from attnkit._core.triton.launcher import launch, power_of_two
 from attnkit.ops.entmax._triton import rows as kernels
 
 __all__ = ["LONGEST_SHORT", "MAX_UPDATES", "backward", "forward"]
@@ -18,7 +18,7 @@ MAX_UPDATES = 48
 def _tiles(n: int) -> tuple[dict[str, Any], int]:
     """Flags that depend on the length of rows, and warps of a program."""
     short = n <= LONGEST_SHORT
-    width = max(16, 1 << (n - 1).bit_length()) if short else BLOCK
+    width = power_of_two(n, 16) if short else BLOCK
     flags = {"SHORT": short, "BLOCK_R": max(1, BLOCK // width) if short else 1, "BLOCK_N": width}
     return flags, 8 if width > BLOCK else 4
 
