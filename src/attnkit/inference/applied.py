@@ -11,7 +11,7 @@ from attnkit.inference import compat
 from attnkit.inference.bridge import Bridge
 from attnkit.inference.policy import Policy, named
 from attnkit.inference.rope import RopeSpec
-from attnkit.kv.layers import AttnkitCache
+from attnkit.kv.layers import KVCache
 
 __all__ = ["Applied", "apply"]
 
@@ -31,9 +31,9 @@ class Applied:
         self._config = config
         self._undo = undo
 
-    def new_cache(self) -> AttnkitCache:
+    def new_cache(self) -> KVCache:
         """An empty cache for `generate(past_key_values=...)` or a forward pass; with window policies its size is bounded."""
-        return AttnkitCache(self._config)
+        return KVCache(self._config)
 
     def undo(self) -> None:
         """Restore the attention implementation, rotary buffers, hooks and registries; a second call does nothing."""

@@ -15,7 +15,7 @@ from attnkit.inference.call import LayerCall, Padding
 from attnkit.inference.masks import Form
 from attnkit.inference.policy import Policy
 from attnkit.inference.rope import RopeSpec
-from attnkit.kv.layers import PositionedLayer
+from attnkit.kv.layers import KVLayer
 
 __all__ = ["Bridge"]
 
@@ -159,12 +159,12 @@ class Bridge:
             given = " or ".join(sorted(map(str, forms)))
             raise UnsupportedError(f"the model masks this pass as {given}, but its attention module asks for {form}")
 
-    def _layer(self, module: Any, key: Tensor) -> tuple[PositionedLayer | None, int]:
+    def _layer(self, module: Any, key: Tensor) -> tuple[KVLayer | None, int]:
         cache = self._forward.cache
         if cache is None:
             return None, key.shape[2]
         layer = cache.layers[module.layer_idx] if module.layer_idx < len(cache.layers) else None
-        return layer if isinstance(layer, PositionedLayer) else None, int(cache.get_seq_length(module.layer_idx))
+        return layer if isinstance(layer, KVLayer) else None, int(cache.get_seq_length(module.layer_idx))
 
     def _padding(self, mask: Tensor | None, seen: int) -> Padding | None:
         if mask is None:

@@ -12,7 +12,7 @@ from attnkit._core.checks import accumulator_dtype
 from attnkit.inference.rope import RopeSpec
 
 if TYPE_CHECKING:  # the cache needs transformers; the policies that read it do not
-    from attnkit.kv.layers import PositionedLayer
+    from attnkit.kv.layers import KVLayer
 
 __all__ = ["LayerCall", "Padding"]
 
@@ -68,7 +68,7 @@ class LayerCall:
     sinks: Tensor | None
     padding: Padding | None
     seen: int
-    layer: "PositionedLayer | None"
+    layer: "KVLayer | None"
     rope: RopeSpec | None
 
     @property

@@ -2,9 +2,9 @@
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["AttnkitCache", "PositionedLayer"]
+__all__ = ["KVCache", "KVLayer"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    names={"AttnkitCache": "attnkit.kv.layers", "PositionedLayer": "attnkit.kv.layers"},
+    names={"KVCache": "attnkit.kv.layers", "KVLayer": "attnkit.kv.layers"},
 )

@@ -15,10 +15,10 @@ require("transformers", extra="hf")  # where it is missing, this says how to get
 
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer  # noqa: E402
 
-__all__ = ["AttnkitCache", "PositionedLayer"]
+__all__ = ["KVCache", "KVLayer"]
 
 
-class PositionedLayer(DynamicLayer):
+class KVLayer(DynamicLayer):
     """Keys and values of one full-attention layer, of which some tokens may have been dropped.
 
     How many tokens were seen and how many are stored are two numbers: positions, masks and generation follow `seen`,
@@ -174,19 +174,19 @@ class PositionedLayer(DynamicLayer):
         return self.keys, self.values, self.positions
 
 
-class AttnkitCache(Cache):
-    """A cache whose full-attention layers are `PositionedLayer`s; sliding-window and linear layers are the stock ones.
+class KVCache(Cache):
+    """A cache whose full-attention layers are `KVLayer`s; sliding-window and linear layers are the stock ones.
 
     Args:
         config: the model's configuration (of the whole model or of its text part).
 
-    >>> cache = AttnkitCache(model.config)  # doctest: +SKIP
+    >>> cache = KVCache(model.config)  # doctest: +SKIP
     >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
     """
 
     def __init__(self, config: Any) -> None:
         stock = DynamicCache(config=config).layers
-        super().__init__(layers=[PositionedLayer() if type(layer) is DynamicLayer else layer for layer in stock])
+        super().__init__(layers=[KVLayer() if type(layer) is DynamicLayer else layer for layer in stock])
 
     def nbytes(self) -> int:
         """Bytes of the memory that all layers hold on to, whatever their kind; memory behind views counts in full."""

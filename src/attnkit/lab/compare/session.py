@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnkit import inference
 from attnkit._core.errors import PolicyError, UnsupportedArchitecture
-from attnkit.kv import AttnkitCache
+from attnkit.kv import KVCache
 from attnkit.lab.compare.loading import LoadedModel
 from attnkit.lab.compare.measure import MIB, PeakMemory, clock
 from attnkit.lab.compare.methods import BASELINE, METHODS, Method
@@ -37,7 +37,7 @@ class TextInput:
 class _Start:
     """A model that has read a context: its cache, the logits [V] of the next token, and what that took."""
 
-    cache: AttnkitCache
+    cache: KVCache
     logits: Tensor
     seconds: float
     peak_mib: float | None
@@ -167,14 +167,14 @@ class Session:
             seconds = clock(self._device) - begin
         return _Start(cache, logits, seconds, peak.mib)
 
-    def _forward(self, ids: Sequence[int], cache: AttnkitCache, *, last: bool = False) -> Tensor:
+    def _forward(self, ids: Sequence[int], cache: KVCache, *, last: bool = False) -> Tensor:
         """Token ids -> logits [T, V], or [1, V] of the last token."""
         tokens = torch.tensor([ids], device=self._device)
         logits: Tensor = self._model(tokens, past_key_values=cache, logits_to_keep=1 if last else 0).logits
         return logits[0]
 
     def _decode(
-        self, logits: Tensor, cache: AttnkitCache, *, steps: int, stop: Collection[int]
+        self, logits: Tensor, cache: KVCache, *, steps: int, stop: Collection[int]
     ) -> tuple[list[int], list[float]]:
         """Greedy tokens after `logits` [V], and the seconds of each."""
         ids: list[int] = []

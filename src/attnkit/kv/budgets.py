@@ -1,0 +1,121 @@
+"""Budgets: how many keys each head keeps."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnkit._core.errors import OptionError
+from attnkit.kv.context import ScoreContext
+from attnkit.kv.registry import wrapper
+
+__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Uniform", "each", "kept_of"]
+
+
+class Budget(Protocol):
+    """How many keys the heads of one layer keep.
+
+    A budget that shares over layers has `across_layers = True` and a method `share(scores, contexts)`, see `Press`.
+    """
+
+    def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
+        """Keys to keep.
+
+        Args:
+            ctx: the layer.
+            scores: [B, Hkv, S] float32, -inf where nothing real is stored.
+            kept: [B, Hkv] int64, or one number for all heads: what the ratio or the target asks of a head if all are
+                treated alike.
+        Returns:
+            [B, Hkv] int64, or one number; at most the head's real tokens.
+        """
+        ...
+
+
+def kept_of(lengths: int | Tensor, ratio: float) -> int | Tensor:
+    """What a ratio leaves of lengths (int64): max(1, floor(n (1 - ratio))), and 0 of nothing."""
+    if isinstance(lengths, int):
+        return max(1, int(lengths * (1 - ratio))) if lengths else 0
+    return torch.where(lengths > 0, (lengths.double() * (1 - ratio)).floor().long().clamp(min=1), 0)
+
+
+def each(kept: int | Tensor, scores: Tensor) -> Tensor:
+    """`kept` as [B, Hkv] int64."""
+    return torch.full(scores.shape[:2], kept, device=scores.device) if isinstance(kept, int) else kept
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Every head keeps the same share."""
+
+    def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
+        """[B, Hkv] int64."""
+        del ctx, scores
+        return kept
+
+
+@dataclass(frozen=True)
+class HeadAdaptive:
+    """The heads of a layer share one budget: those with many high scores keep more.
+
+    Each head is sure of `alpha` times its share; the rest goes to the highest scores of the layer.
+
+    Args:
+        alpha: 0 to 1.
+    Source: Feng et al. 2024 (AdaKV), arXiv:2407.11550.
+    """
+
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise OptionError(f"alpha={self.alpha} is not allowed; it is a share, from 0 to 1")
+
+    def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
+        """[B, Hkv] int64, in sum what `kept` is."""
+        del ctx
+        kept = each(kept, scores)
+        size = scores.shape[-1]
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        place = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
+        safe = (kept.double() * self.alpha).long().clamp(min=1)[..., None]
+        guarded = scores.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
+        flat = guarded.flatten(1)
+        joint = flat.argsort(dim=-1, descending=True, stable=True)
+        total = kept.sum(-1, keepdim=True)
+        chosen = torch.zeros_like(flat, dtype=torch.bool)
+        chosen.scatter_(-1, joint, torch.arange(flat.shape[-1], device=flat.device) < total)
+        return (chosen & (flat > -torch.inf)).unflatten(1, scores.shape[1:]).sum(-1)
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A ratio for each layer in place of one for all.
+
+    Args:
+        ratios: one a layer, each from 0 up to but not including 1.
+    """
+
+    ratios: tuple[float, ...]
+
+    def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
+        """[B, Hkv] int64.
+
+        Raises:
+            OptionError: as many ratios as layers are needed.
+        """
+        del scores, kept
+        if len(self.ratios) != ctx.layers:
+            raise OptionError(f"ratios has {len(self.ratios)} entries; the model has {ctx.layers} layers")
+        return kept_of(ctx.stored.length, self.ratios[ctx.index])
+
+
+@wrapper("adakv")
+def _adakv(press: Any, alpha: float = 0.2) -> Any:
+    return replace(press, budget=HeadAdaptive(alpha))
+
+
+@wrapper("per_layer")
+def _per_layer(press: Any, ratios: tuple[float, ...] = ()) -> Any:
+    return replace(press, budget=PerLayer(tuple(ratios)))

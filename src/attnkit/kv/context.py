@@ -1,0 +1,163 @@
+"""What a press may look at when it decides which keys stay."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from attnkit._core.checks import accumulator_dtype
+
+__all__ = ["LayerCall", "Rotation", "ScoreContext", "Stored"]
+
+
+class Rotation(Protocol):
+    """The rotary embedding of a model, as `attnkit.inference.RopeSpec` offers it."""
+
+    @property
+    def inv_freq(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def attention_factor(self) -> float: ...  # noqa: D102
+
+    @property
+    def interleaved(self) -> bool | None: ...  # noqa: D102
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Turn x [B, T, H, D] by positions [T] or [B, T]; negative ones turn back. The attention factor is not applied."""
+        ...
+
+
+class LayerCall(Protocol):
+    """What a press needs of one layer's attention call; `attnkit.inference.call.LayerCall` is one.
+
+    Attributes:
+        q: [B, T, H, D], the new queries, rotated.
+        scale, softcap, padding, seen, first, layer, rope: as there.
+        module: the layer's attention module.
+        index: the layer's number.
+        hidden: [B, T, width] what went into the attention module, where the press needs it.
+    """
+
+    q: Tensor
+    scale: float | None
+    softcap: float | None
+    padding: Any
+    seen: int
+    layer: Any
+    rope: Any
+    module: Any
+    hidden: Tensor | None
+
+    @property
+    def first(self) -> int: ...  # noqa: D102
+
+    @property
+    def index(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The keys of one layer, laid side by side.
+
+    Attributes:
+        keys, values: [B, Hkv, S, D] and [B, Hkv, S, Dv].
+        positions: [B, Hkv or 1, S] int64, ascending where real: the index in its row (padding counted) of each token.
+        real: [B, Hkv or 1, S] bool, False for padding and for the gaps behind shorter heads; None when all are real.
+        bias: [B, Hkv, S] float32, added to the scaled scores; None is zero.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    real: Tensor | None = None
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, Hkv, S]."""
+        return self.keys.shape[:3]
+
+    @property
+    def length(self) -> int | Tensor:
+        """Real tokens a head: [B, Hkv] int64, or one number where all are."""
+        return self.shape[2] if self.real is None else self.real.sum(-1).expand(self.shape[:2])
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """One layer at the moment of compression: what a scorer may use.
+
+    Attributes:
+        stored: the keys that are there.
+        queries: [B, H, w, D], the newest w queries that were kept, rotated; w is at most what the press asked for.
+        query_positions: [B or 1, w] int64, their places in their rows.
+        query_real: [B, w] bool, which of them are real tokens; None when all are.
+        moments: running mean and covariance of unrotated queries (`attnkit.kv.moments.QueryMoments`), where asked for.
+        hidden: [B, w', width] what went into the attention module in the same passes, where asked for.
+        seen: tokens that the row has seen (padding counted).
+        index, layers: the layer's number, and how many there are.
+        module: the attention module.
+        scale: of the scores.
+        softcap: of the scores.
+        rope: the model's rotation; None where the press does not ask for it.
+        ratio: the fraction that the press removes.
+        phase: "prefill" or "decode".
+    """
+
+    stored: Stored
+    queries: Tensor
+    query_positions: Tensor
+    query_real: Tensor | None
+    moments: Any
+    hidden: Tensor | None
+    seen: int
+    index: int
+    layers: int
+    module: Any
+    scale: float
+    softcap: float | None
+    rope: Rotation | None
+    ratio: float
+    phase: str
+
+    @property
+    def groups(self) -> int:
+        """Query heads a key head."""
+        return self.queries.shape[1] // self.stored.keys.shape[1]
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """[B, Hkv or 1, S] int64: the place of each stored token among the real ones of its head; padding has -1."""
+        real = self.stored.real
+        if real is None:
+            return torch.arange(self.stored.shape[2], device=self.stored.keys.device)[None, None]
+        return (real.cumsum(-1) - 1).masked_fill(~real, -1)
+
+    def mean_over_group(self, x: Tensor) -> Tensor:
+        """[B, H, ...] -> [B, Hkv, ...]: the mean over the query heads that share a key head."""
+        return x.unflatten(1, (-1, self.groups)).mean(2)
+
+    def attention(self, window: int) -> Tensor:
+        """[B, H, w, S] float32: what the newest `window` queries give each stored key, themselves included.
+
+        A query sees real keys up to its own position. Rows of padding are zero.
+        """
+        queries, positions = self.queries[:, :, -window:], self.query_positions[:, -window:]
+        stored = self.stored
+        acc = accumulator_dtype(queries.dtype)
+        grouped = queries.unflatten(1, (-1, self.groups)).to(acc)
+        scores = torch.einsum("bhgwd,bhsd->bhgws", grouped, stored.keys.to(acc)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        if stored.bias is not None:
+            scores = scores + stored.bias[:, :, None, None]
+        seen = stored.positions[:, :, None, :] <= positions[:, None, :, None]
+        if stored.real is not None:
+            seen = seen & stored.real[:, :, None, :]
+        weights = torch.softmax(scores.masked_fill(~seen[:, :, None], -torch.inf), -1)
+        weights = torch.nan_to_num(weights, nan=0.0).flatten(1, 2)
+        if self.query_real is not None:
+            weights = weights * self.query_real[:, None, -window:, None]
+        return weights

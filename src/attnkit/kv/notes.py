@@ -1,0 +1,137 @@
+"""What a press remembers of one layer between passes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnkit._core.errors import InputError, PolicyError
+from attnkit.kv.context import LayerCall, ScoreContext
+
+if TYPE_CHECKING:
+    from attnkit.kv.press import Press
+
+__all__ = ["Notes"]
+
+
+@dataclass
+class Notes:
+    """Newest queries and hidden states, running moments, and where in its schedule a press stands.
+
+    Attributes:
+        prefilled: the context has been read.
+        since: tokens since then, or since the press last compressed.
+        pending: (context, scores or None), for what is decided when all layers are done.
+    """
+
+    prefilled: bool = False
+    since: int = 0
+    pending: Any = None
+    queries: Tensor | None = None
+    positions: Tensor | None = None
+    real: Tensor | None = None
+    hidden: Tensor | None = None
+    moments: Any = None
+    whole: bool = field(default=True)
+
+    def take(self, call: LayerCall, press: "Press") -> str | None:
+        """Note one pass; returns "prefill" where it completes the context, "decode" after that, None before.
+
+        Raises:
+            InputError: a pass goes beyond the end of the context that the cache was told of.
+        """
+        context = call.layer.context
+        new = call.q.shape[1]
+        if self.prefilled:
+            self.since += new
+            phase: str | None = "decode"
+        else:
+            phase = "prefill" if call.seen >= (context or 0) else None
+            if context is not None and call.seen > context:
+                raise InputError(
+                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that new_cache(context=...) was "
+                    f"told of; end a pass there"
+                )
+        self.whole = self.whole and call.first == 0
+        limit = press.buffer if self.prefilled else _prefill_window(press)
+        self._buffer(call, new if limit is None else limit)
+        if "moments" in press.needs:
+            from attnkit.kv.moments import note_moments
+
+            self.moments = note_moments(self.moments, call, press)
+        return phase
+
+    def _buffer(self, call: LayerCall, limit: int) -> None:
+        q = call.q.transpose(1, 2)
+        positions = torch.arange(call.first, call.seen, device=q.device)[None]
+        real = None if call.padding is None else call.padding.mask[:, call.first : call.seen]
+        self.queries = _newest(self.queries, q, limit, 2)
+        self.positions = _newest(self.positions, positions, limit, 1)
+        if real is not None or self.real is not None:
+            held = self.queries.shape[2]
+            new = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if real is None else real.bool()
+            old = self.real
+            if old is None and held > q.shape[2]:
+                old = torch.ones(q.shape[0], held - q.shape[2], dtype=torch.bool, device=q.device)
+            self.real = _newest(old, new, limit, 1)
+        if call.hidden is not None:
+            self.hidden = _newest(self.hidden, call.hidden, limit, 1)
+
+    def end_prefill(self, seen: int, press: "Press") -> None:
+        """Start counting anew; a press that compresses while decoding starts with an empty buffer."""
+        del seen
+        self.prefilled, self.since = True, 0
+        del press
+        self.queries = self.positions = self.real = self.hidden = None
+        self.moments = None
+
+    def context(self, call: LayerCall, press: "Press", phase: str) -> ScoreContext:
+        """What the scorer gets.
+
+        Raises:
+            PolicyError: it needs all queries of the context, and they came in several passes.
+        """
+        if "queries" in press.needs and phase == "prefill" and not self.whole:
+            raise PolicyError(f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method")
+        assert self.queries is not None
+        assert self.positions is not None
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        return ScoreContext(
+            stored=call.layer.view(call.padding),
+            queries=self.queries,
+            query_positions=self.positions,
+            query_real=self.real,
+            moments=self.moments,
+            hidden=self.hidden,
+            seen=call.seen,
+            index=call.index,
+            layers=int(call.module.config.num_hidden_layers),
+            module=call.module,
+            scale=scale,
+            softcap=call.softcap,
+            rope=call.rope,
+            ratio=press.ratio,
+            phase=phase,
+        )
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Reorder, repeat or select the rows of the batch."""
+        for name in ("queries", "real", "hidden"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else change(value))
+        if self.moments is not None:
+            self.moments = self.moments.rows(change)
+
+
+def _prefill_window(press: "Press") -> int | None:
+    """How many of the context's newest queries the scorer wants; None is all of them."""
+    if press.needs & {"queries", "hidden"}:
+        return None
+    return int(getattr(press.scorer, "window", 1))
+
+
+def _newest(old: Tensor | None, new: Tensor, limit: int, dim: int) -> Tensor:
+    joined = new if old is None else torch.cat([old, new], dim)
+    return joined.narrow(dim, max(joined.shape[dim] - limit, 0), min(limit, joined.shape[dim])).clone()

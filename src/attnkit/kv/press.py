@@ -1,0 +1,268 @@
+"""A press: a compression method put together from its parts, and what it does to a layer of the cache."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from attnkit._core.errors import OptionError, PolicyError
+from attnkit.kv.budgets import Budget, Uniform
+from attnkit.kv.context import LayerCall, ScoreContext, Stored
+from attnkit.kv.notes import Notes
+from attnkit.kv.registry import build
+from attnkit.kv.schedules import AfterPrefill, Schedule
+from attnkit.kv.selectors import Kept, Selector, TopK
+
+__all__ = ["Chain", "Press", "Scorer", "Transform", "press"]
+
+
+class Scorer(Protocol):
+    """How much each stored key is worth; a frozen dataclass of its options.
+
+    Attributes:
+        needs: of "moments" (`ctx.moments`), "hidden" (`ctx.hidden`), "rope" (`ctx.rope`), "queries" (every query of the
+            prefill in `ctx.queries`, which then has to be one pass), "replay" (see `Press.after_pass`).
+
+    A scorer that looks at the newest queries has a field or property `window`, how many of them.
+    """
+
+    needs: ClassVar[frozenset[str]]
+
+    def score(self, ctx: ScoreContext) -> Tensor:
+        """[B, Hkv, S] float32 in stored order; larger stays. What it says of padding is overwritten."""
+        ...
+
+
+class Transform(Protocol):
+    """What happens to keys and values beside dropping."""
+
+    def change(self, ctx: ScoreContext, scores: Tensor, kept: Kept) -> Stored:
+        """The stored tokens as they shall be when those that are not in `kept` are gone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Press:
+    """A compression method: scorer x budget x selector x transform x schedule. It does nothing by itself.
+
+    `attnkit.inference.apply(model, Policy(cache=press))` switches it on; `press(name, ...)` makes one.
+
+    Args:
+        scorer: what each key is worth.
+        ratio: the fraction that is removed, from 0 up to but not including 1.
+        budget: how many keys each head keeps.
+        selector: which.
+        transform: what else happens to keys and values.
+        schedule: when.
+        buffer: newest queries (and hidden states) kept for the scorer while decoding.
+        spec, options: the name and options it was made of, by which it is written and read.
+    Raises:
+        OptionError: the ratio is outside its range.
+    """
+
+    drops_keys: ClassVar[bool] = True
+
+    scorer: Scorer
+    ratio: float = 0.5
+    budget: Budget = field(default_factory=Uniform)
+    selector: Selector = field(default_factory=TopK)
+    transform: Transform | None = None
+    schedule: Schedule = field(default_factory=AfterPrefill)
+    buffer: int = 256
+    spec: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise OptionError(f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1")
+
+    @property
+    def name(self) -> str:
+        """The spec it was made of."""
+        return self.spec
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it needs of the model and of each pass."""
+        return frozenset(self.scorer.needs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, ratio and options as plain values.
+
+        Raises:
+            PolicyError: it was put together by hand and has no name.
+        """
+        if not self.spec:
+            raise PolicyError(f"{self} was put together by hand, so it cannot be written; make it with kv.press(name, ...)")
+        return {"name": self.spec, "ratio": self.ratio, **dict(self.options)}
+
+    def after(self, call: LayerCall) -> None:
+        """Called when a layer's attention is done: take notes, and compress when it is time.
+
+        Raises:
+            PolicyError: the cache is not one of ours, or something else has dropped keys of it.
+        """
+        layer = call.layer
+        if layer.listener is not None:
+            layer.listener(call)
+            return
+        if layer.owner not in (None, self):
+            raise PolicyError(f"the cache was thinned out by {layer.owner}; {self.spec} needs a cache of its own, h.new_cache()")
+        notes: Notes = layer.notes.setdefault(self, Notes())
+        phase = notes.take(call, self)
+        if phase is not None and self.schedule.due(phase=phase, since=notes.since):
+            self._compress(call, notes, phase)
+        if phase == "prefill":
+            notes.end_prefill(call.seen, self)
+
+    def after_pass(self, passed: "PassDone") -> None:
+        """Called when all layers are done: share a budget over them, or read the context again.
+
+        Raises:
+            PolicyError: the method has to read the context again and was not told its tokens.
+        """
+        pending = [
+            (layer, layer.notes[self].pending)
+            for layer in passed.layers
+            if self in layer.notes and layer.notes[self].pending is not None
+        ]
+        if not pending:
+            return
+        contexts = [ctx for _, (ctx, _) in pending]
+        scores = [score for _, (_, score) in pending]
+        if "replay" in self.needs:
+            scores = self.scorer.replay(passed, contexts)  # type: ignore[attr-defined]
+            scores = [_real_only(score, ctx) for score, ctx in zip(scores, contexts, strict=True)]
+        kept = [self._kept(ctx) for ctx in contexts]
+        if hasattr(self.budget, "share"):
+            counts = self.budget.share(contexts, scores, kept)
+        else:
+            counts = [self.budget.counts(*each) for each in zip(contexts, scores, kept, strict=True)]
+        for (layer, _), ctx, score, count in zip(pending, contexts, scores, counts, strict=True):
+            layer.notes[self].pending = None
+            self._finish(layer, ctx, score, count)
+
+    def _compress(self, call: LayerCall, notes: Notes, phase: str) -> None:
+        if self.ratio == 0 and isinstance(self.schedule, AfterPrefill):
+            return
+        ctx = notes.context(call, self, phase)
+        if "replay" in self.needs:
+            notes.pending = (ctx, None)
+            return
+        scores = _real_only(self.scorer.score(ctx), ctx)
+        if hasattr(self.budget, "share"):
+            notes.pending = (ctx, scores)
+            return
+        self._finish(call.layer, ctx, scores, self.budget.counts(ctx, scores, self._kept(ctx)))
+        notes.since = 0
+
+    def _kept(self, ctx: ScoreContext) -> int | Tensor:
+        return self.schedule.kept(ctx.stored.length, self.ratio, ctx.seen)
+
+    def _finish(self, layer: Any, ctx: ScoreContext, scores: Tensor, counts: int | Tensor) -> None:
+        kept = self.selector.select(ctx, scores, counts, self.scorer)
+        stored = ctx.stored if self.transform is None else self.transform.change(ctx, scores, kept)
+        layer.compress(stored, kept, owner=self)
+
+
+class PassDone(Protocol):
+    """What `Press.after_pass` is told: `attnkit.inference.bridge.PassDone`.
+
+    Attributes:
+        text: the text model.
+        layers: the cache's layers that keep positions.
+        cache: the cache.
+        input_ids: [B, T] of this pass, or None where embeddings were given.
+        attention_mask: [B, seen] or None.
+    """
+
+    text: Any
+    layers: list[Any]
+    cache: Any
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
+
+
+def _real_only(scores: Tensor, ctx: ScoreContext) -> Tensor:
+    real = ctx.stored.real
+    return scores if real is None else scores.masked_fill(~real, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Presses that run one after another: one for the prefill and one for decoding, or one on what another has left.
+
+    Args:
+        presses: in their order.
+    """
+
+    drops_keys: ClassVar[bool] = True
+
+    presses: tuple[Press, ...]
+
+    @property
+    def name(self) -> str:
+        """The specs, joined by "+"."""
+        return "+".join(press.spec for press in self.presses)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What any of them needs."""
+        return frozenset().union(*(press.needs for press in self.presses))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Each press's values."""
+        return {"name": self.name, "presses": [press.to_dict() for press in self.presses]}
+
+    def after(self, call: LayerCall) -> None:
+        """Each in turn."""
+        owner = call.layer.owner
+        if owner not in (None, self):
+            raise PolicyError(f"the cache was thinned out by {owner}; {self.name} needs a cache of its own, h.new_cache()")
+        for press in self.presses:
+            call.layer.owner = None
+            press.after(call)
+        call.layer.owner = owner if call.layer.owner is None else self
+
+    def after_pass(self, passed: PassDone) -> None:
+        """Each in turn."""
+        for press in self.presses:
+            press.after_pass(passed)
+
+
+def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
+    """Make a press.
+
+    Args:
+        spec: a base method, "snapkv"; with wrappers before it, "adakv:snapkv"; several in a row, "snapkv+decode:tova".
+            `attnkit kv list` names them.
+        ratio: the fraction of keys that is removed.
+        options: of the base method and the wrappers, by name.
+    Returns:
+        what `attnkit.inference.Policy(cache=...)` takes.
+    Raises:
+        OptionError: an unknown name or option, or a value outside its range.
+
+    >>> press("adakv:expected_attention", ratio=0.5, alpha=0.1).name
+    'adakv:expected_attention'
+    """
+    from attnkit.kv import scorers
+
+    scorers.load()
+    parts = spec.split("+")
+    if len(parts) == 1:
+        return build(spec, ratio, options)
+    if options:
+        raise OptionError(f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))")
+    return Chain(tuple(build(part, ratio, {}) for part in parts))
+
+
+def read(values: dict[str, Any]) -> Press | Chain:
+    """Make what `to_dict` wrote."""
+    values = dict(values)
+    if "presses" in values:
+        return Chain(tuple(read(each) for each in values["presses"]))  # type: ignore[arg-type]
+    return press(values.pop("name"), **values)
+
+

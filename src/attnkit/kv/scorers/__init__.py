@@ -1,0 +1,15 @@
+"""Scorers: how much each stored key is worth. A file holds a family; all are frozen dataclasses of their options."""
+
+import functools
+import importlib
+
+__all__ = ["load"]
+
+_FILES = ("simple",)
+
+
+@functools.cache
+def load() -> None:
+    """Register every method."""
+    for name in _FILES:
+        importlib.import_module(f"attnkit.kv.scorers.{name}")
