@@ -51,8 +51,8 @@ class Notes:
             phase = "prefill" if call.seen >= (context or 0) else None
             if context is not None and call.seen > context:
                 raise InputError(
-                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that new_cache(context=...) was "
-                    f"told of; end a pass there"
+                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that "
+                    f"new_cache(context=...) was told of; end a pass there"
                 )
         self.whole = self.whole and call.first == 0
         limit = press.buffer if self.prefilled else _prefill_window(press)
@@ -94,7 +94,9 @@ class Notes:
             PolicyError: it needs all queries of the context, and they came in several passes.
         """
         if "queries" in press.needs and phase == "prefill" and not self.whole:
-            raise PolicyError(f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method")
+            raise PolicyError(
+                f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method"
+            )
         assert self.queries is not None
         assert self.positions is not None
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale

@@ -184,7 +184,9 @@ class PageStore:
         oldest = {name: held[:, :, :size].flatten(0, 1) for name, held in self.tail.items()}
         lease = self.pool.write(oldest["keys"], oldest["values"], oldest["positions"], oldest.get("bias"))
         pages = torch.arange(lease.start, lease.stop, device=self.table.device, dtype=torch.int32)
-        self.table = torch.cat([self.table, self.table[..., -1:] if self.table.shape[-1] else pages.view(*self.counts.shape, 1)], -1)
+        self.table = torch.cat(
+            [self.table, self.table[..., -1:] if self.table.shape[-1] else pages.view(*self.counts.shape, 1)], -1
+        )
         self.table.scatter_(-1, self.counts[..., None].long(), pages.view(*self.counts.shape, 1))
         self.counts = self.counts + 1
         self.leases.append(lease)
@@ -206,9 +208,7 @@ class PageStore:
         size = self.pool.page_size
         last = (self.counts - 1)[..., None].long()
         page = self.pool.read(self.table.gather(-1, last)[..., 0])
-        self.tail = {
-            name: torch.cat([page[name].to(held.dtype), held[:, :, :size]], 2) for name, held in self.tail.items()
-        }
+        self.tail = {name: torch.cat([page[name].to(held.dtype), held[:, :, :size]], 2) for name, held in self.tail.items()}
         self.counts, self.tail_lengths = self.counts - 1, self.tail_lengths + size
         self._least += size
         self.pool.release(self.leases.pop())
