@@ -1,10 +1,13 @@
-"""The key-value cache: layers that know which tokens they store, and the cache made of them."""
+"""The key-value cache: layers that know which tokens they store, the cache made of them, and codecs of pages."""
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["AttnkitCache", "PositionedLayer"]
+__all__ = ["FP8", "AttnkitCache", "Codec", "IntN", "PositionedLayer", "Raw"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    names={"AttnkitCache": "attnkit.kv.layers", "PositionedLayer": "attnkit.kv.layers"},
+    names={
+        **dict.fromkeys(("AttnkitCache", "PositionedLayer"), "attnkit.kv.layers"),
+        **dict.fromkeys(("FP8", "Codec", "IntN", "Raw"), "attnkit.kv.codecs"),
+    },
 )
