@@ -31,7 +31,7 @@ def wide_model():
 
 
 def held(model, policy, ids, **options):
-    """Bytes that the allocator holds for the cache after the prefill and after twenty steps, and what the cache says of itself."""
+    """Bytes that the allocator holds for the cache after the prefill and after 20 steps, and what it says itself."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     with torch.no_grad(), inference.apply(model, policy) as h:
