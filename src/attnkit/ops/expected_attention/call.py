@@ -88,8 +88,8 @@ def _check_kinds(k: Tensor, v: Tensor, mean: Tensor, cov: Tensor | None, gram: T
         check_dtype(name, tensor, accumulator_dtype(k.dtype))
     if valid is not None:
         check_dtype("valid", valid, torch.bool)
-    for name, tensor in (*wide.items(), ("valid", valid)):
-        if tensor is not None and tensor.device != k.device:
-            raise InputError(f"{name} is on {tensor.device} but k is on {k.device}; move one of them")
+    for name, other in (*wide.items(), ("valid", valid)):
+        if other is not None and other.device != k.device:
+            raise InputError(f"{name} is on {other.device} but k is on {k.device}; move one of them")
     if torch.is_grad_enabled() and any(t.requires_grad for t in (k, v, *wide.values())):
         raise UnsupportedError("expected attention has no gradients; call it under torch.no_grad()")

@@ -17,7 +17,7 @@ def _spread(generator: torch.Generator, *shape: int) -> Tensor:
     width = shape[-1]
     root = torch.randn(*shape, width, generator=generator) / width**0.5
     root[..., : max(1, width // 8)] *= 2
-    return root @ root.mT
+    return torch.matmul(root, root.mT)
 
 
 def _case(

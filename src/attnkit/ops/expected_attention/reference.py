@@ -1,5 +1,7 @@
 """Expected attention by its definition, every head and pair written out, and the mixture that the Gaussian stands for."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ def mixture_logits(
             attention_factor=attention_factor, interleaved=interleaved,
         )  # fmt: skip
         rows.append(dense_logits(k, *turned, scale))
-    return torch.logsumexp(torch.stack(rows), 0) - torch.log(torch.tensor(float(len(rows)), dtype=k.dtype))
+    return torch.sub(torch.logsumexp(torch.stack(rows), 0), math.log(len(rows)))
 
 
 def scores_of(call: ExpectedCall, logits: Tensor) -> Tensor:

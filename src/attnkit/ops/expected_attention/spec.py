@@ -39,7 +39,7 @@ def _row_scale(k: Tensor, v: Tensor, mean: Tensor, cov: Tensor | None, **options
     heads = (k.shape[2], mean.shape[1] // k.shape[2])
     keys = k.abs().repeat_interleave(heads[1], 2)
     logits = dense_logits(keys, mean.abs(), None if cov is None else cov.abs(), call.scale)
-    return scores * (1 + logits.amax(1, keepdim=True).unflatten(2, heads).amax(3))
+    return scores.mul(1 + logits.amax(1, keepdim=True).unflatten(2, heads).amax(3))
 
 
 def _moved(inputs: Mapping[str, Any]) -> dict[str, Any]:

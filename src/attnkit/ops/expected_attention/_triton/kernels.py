@@ -58,7 +58,7 @@ def quadratic(
         logits = total
         if SCORED:
             logits = tl.where(there, total, float("-inf"))
-            top = tl.max(logits, 0)
+            top = tl.max(tl.where(logits != logits, float("-inf"), logits), 0)  # a NaN comes back with the sum
             base = tl.where(top == float("-inf"), 0.0, top)
             mass = tl.sum(tl.exp(logits - base), 0)
             lse = tl.where(mass == 0, float("-inf"), base + tl.log(tl.where(mass == 0, 1.0, mass)))
@@ -87,7 +87,8 @@ def weigh(
         head = row * GROUP + g
         top = tl.full([BLOCK_P], float("-inf"), tl.float32)
         for start in range(0, tiles, BLOCK_P):
-            top = tl.maximum(top, tl.load(parts + head * tiles + start + o_p, mask=start + o_p < tiles, other=float("-inf")))
+            part = tl.load(parts + head * tiles + start + o_p, mask=start + o_p < tiles, other=float("-inf"))
+            top = tl.maximum(top, tl.where(part != part, float("-inf"), part))
         highest = tl.max(top, 0)
         base = tl.where(highest == float("-inf"), 0.0, highest)
         mass = tl.zeros([BLOCK_P], tl.float32)

@@ -12,8 +12,8 @@ __all__ = ["expected"]
 
 # keys of a tile, columns of a matrix, warps, stages, for widths 16, 32, 64, 128 and 256
 _TILES = by_width(
-    "quadratic", 16, (128, 16, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 2)
-) | by_width("quadratic", 32, (64, 16, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
+    "quadratic", 16, (128, 16, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2)
+) | by_width("quadratic", 32, (64, 16, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
 _KEYS = 128  # of a tile of the second pass
 _PARTS = 1024  # LSEs of tiles that are read at once
 
