@@ -65,6 +65,7 @@ _SPECS = {
     "entmax_attention.spec": ("entmax_attention",),
     "mlstm.spec": ("mlstm",),
     "mlstm.step_spec": ("mlstm_step",),
+    "ragged_decode.spec": ("ragged_decode_attention",),
     "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention", "scalar_decay_step"),
 }
 
