@@ -88,13 +88,13 @@ def test_ops_check_json_is_an_envelope() -> None:
 def test_ops_check_checks_all_dtypes_and_operators_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def fake(names: Any, *, dtypes: Any, device: Any, level: str, on_row: Any) -> list[Any]:
-        seen.update(names=names, dtypes=dtypes, level=level)
+    def fake(names: Any, *, dtypes: Any, device: Any, level: str, jobs: Any, on_row: Any) -> list[Any]:
+        seen.update(names=names, dtypes=dtypes, level=level, jobs=jobs)
         return []
 
     monkeypatch.setattr(conformance, "run", fake)
     assert run("ops", "check", "--device", "cpu", "--level", "full", "--quiet").exit_code == 0
-    assert seen == {"names": None, "dtypes": [torch.float32, torch.bfloat16, torch.float16], "level": "full"}
+    assert seen == {"names": None, "dtypes": [torch.float32, torch.bfloat16, torch.float16], "level": "full", "jobs": None}
 
 
 def test_ops_check_of_a_broken_operator_exits_6(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,15 @@ def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_what_is_there_may_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    for text, stays in (("first", False), ("second", True), ("third", False)):
+        with new_folder(folder, unless=lambda stays=stays: stays) as temporary:
+            (temporary / text).write_text(text)
+        assert [path.name for path in folder.iterdir()] == ["third" if text == "third" else "first"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_what_breaks_off_leaves_the_old_folder(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -77,20 +77,33 @@ def test_a_damaged_cache_is_made_again(text: Path, damage: str) -> None:
     assert folders() == [folder]
 
 
+def test_a_store_that_another_process_has_written_meanwhile_stays(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = training.load_tokenizer("bytes")
+    known, theirs = cache._write, []
+
+    def write(folder: Path, *rest: Any) -> Any:
+        if not theirs:
+            theirs.append(known(folder, *rest))
+            theirs.append((folder / "tokens.npy").stat().st_ino)
+        return known(folder, *rest)
+
+    monkeypatch.setattr(cache, "_write", write)
+    ours = open_store(str(text), tokenizer)
+    (folder,) = folders()
+    assert (folder / "tokens.npy").stat().st_ino == theirs[1]
+    assert str(ours.tokens.filename) == str(folder / "tokens.npy")
+
+
 def test_a_store_that_another_process_is_replacing(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was just written is gone for a moment; a folder that never comes back is told of."""
-    looks: list[Path] = []
-
-    def read(folder: Path) -> Any:
-        looks.append(folder)
-        return None if len(looks) < 4 else known(folder)
-
-    known = cache._read
-    monkeypatch.setattr(cache, "_read", read)
-    assert len(open_store(str(text), training.load_tokenizer("bytes"))) > 0
-    assert len(looks) == 4
+    """What was just written is gone for a moment: it is open. A folder that cannot be read is told of."""
+    root, known = settings().cache_path() / "tokens", cache._read
+    monkeypatch.setattr(cache, "_read", lambda folder: known(folder) if folder.name.startswith(".") else None)
+    store = open_store(str(text), training.load_tokenizer("bytes"))
+    (folder,) = root.iterdir()
+    found = known(folder)
+    assert found is not None
+    assert np.array_equal(store.tokens, found[0])
     monkeypatch.setattr(cache, "_read", lambda folder: None)
-    monkeypatch.setattr(cache, "_PATIENCE", 2)
     with pytest.raises(InputError, match="cannot be read after it was written"):
         open_store(str(text), training.load_tokenizer("bytes"))
 

@@ -4,7 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,14 +28,19 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill; at the end of the block it takes the place of `folder`."""
+def new_folder(folder: Path, *, unless: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """A temporary folder to fill; at the end of the block it takes the place of `folder`.
+
+    Args:
+        unless: asked at that moment; True leaves what is there, and the new one goes.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield temporary
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
+        if not unless():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from attnkit.cli._common import device_option, dtype_option, json_option, quiet_option, verb
-from attnkit.cli.ops import check, level_option
+from attnkit.cli.ops import check, jobs_option, level_option
 
 __all__ = ["command"]
 
@@ -14,11 +14,13 @@ __all__ = ["command"]
     "conformance",
     examples=("attnkit numerics conformance", "attnkit numerics conformance --op attention --level full"),
     python=check.python,
+    memory_hint=check.memory_hint,
 )
 @click.option("--op", "names", multiple=True, metavar="NAME", help="Only this operator; may be repeated.")
 @device_option
 @dtype_option
 @level_option
+@jobs_option
 @json_option
 @quiet_option
 @click.pass_context

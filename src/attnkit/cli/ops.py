@@ -29,11 +29,29 @@ if TYPE_CHECKING:
     from attnkit._core.opspec import OpSpec
     from attnkit.lab.numerics.conformance import Row
 
-__all__ = ["check", "command", "level_option"]
+__all__ = ["check", "command", "jobs_option", "level_option"]
 
 _SHOWN_FAILURES = 20
 level_option = click.option(
     "--level", type=click.Choice(["fast", "full"]), default="fast", show_default=True, help="How many cases."
+)
+
+
+def _parse_jobs(ctx: click.Context, param: click.Parameter, value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise click.BadParameter(f"{value!r} is no number of processes; write auto, or 1 or more")
+    return int(value)
+
+
+jobs_option = click.option(
+    "--jobs",
+    default="auto",
+    callback=_parse_jobs,
+    show_default=True,
+    metavar="auto|N",
+    help="Processes; auto is as many as cores and memory allow, one where there is little to do.",
 )
 
 
@@ -102,14 +120,16 @@ def _show(name: str, as_json: bool) -> None:
     "check",
     examples=("attnkit ops check", "attnkit ops check attention --dtype bf16 --level full"),
     python='from attnkit.lab.numerics import conformance\nconformance.run(["attention"], device="cuda")',
+    memory_hint="use --jobs 1, or --device cpu",
 )
 @click.argument("names", nargs=-1)
 @device_option
 @dtype_option
 @level_option
+@jobs_option
 @json_option
 @quiet_option
-def check(names: tuple[str, ...], device: str, dtype: str, level: str, as_json: bool, quiet: bool) -> None:
+def check(names: tuple[str, ...], device: str, dtype: str, level: str, jobs: int | None, as_json: bool, quiet: bool) -> None:
     """Compare outputs and gradients of the operators NAMES (all by default) with float64, on this machine.
 
     An operator passes where its error stays within a small multiple of the error that the plain form of the same precision
@@ -126,7 +146,7 @@ def check(names: tuple[str, ...], device: str, dtype: str, level: str, as_json: 
     dtypes = [getattr(torch, DTYPES[name]) for name in (DTYPES if dtype == "auto" else [dtype])]
     chosen = list(names) or None
     with Progress("checking", conformance.plan(chosen, dtypes=dtypes, level=level), silent=quiet or as_json) as progress:
-        rows = conformance.run(chosen, dtypes=dtypes, device=where, level=level, on_row=_Cells(progress))
+        rows = conformance.run(chosen, dtypes=dtypes, device=where, level=level, jobs=jobs, on_row=_Cells(progress))
         progress.finish()
     document = envelope(
         "attnkit.conformance/1",

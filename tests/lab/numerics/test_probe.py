@@ -10,6 +10,8 @@ from attnkit import ops
 from attnkit._core.errors import InputError, OptionError, ShapeError, UnsupportedError
 from attnkit.lab.numerics import BF16, RoundingBiasProbe, custom, emulated_attention, round_to, ulp
 from attnkit.lab.numerics.policy import SitePolicy
+from attnkit.lab.numerics.probe import look_at
+from attnkit.ops.attention.call import prepare
 
 ALL_ROWS = RoundingBiasProbe(rows=1000)
 
@@ -137,7 +139,7 @@ def test_it_measures_what_the_emulator_does() -> None:
 def test_rows_are_the_same_each_time_and_spread_over_sequences() -> None:
     q, k, v, _ = draw(batch=6)
     probe = RoundingBiasProbe(rows=16)
-    first, second = (probe.look(q, k, v) for _ in range(2))
+    first, second = (look_at(probe.take(prepare(q, k, v))) for _ in range(2))
     assert torch.equal(first.rows, second.rows)
     assert first.rows.shape == (2, 8)
     assert len(set(first.sequences.tolist())) == 2
@@ -160,3 +162,12 @@ def test_refusals() -> None:
         broken = {"q": q, "k": k, "v": v, "d_out": d_out} | {name: torch.full_like(tensor, torch.nan)}
         with pytest.raises(InputError, match=f"{name} holds NaN"):
             ALL_ROWS(**broken)
+
+
+@pytest.mark.parametrize(
+    "option", [{"softcap": 5.0}, {"sinks": torch.zeros(4)}, {"q_pos": torch.arange(24)}], ids=lambda option: next(iter(option))
+)
+def test_calls_that_a_probe_does_not_know_are_refused(option: dict[str, Any]) -> None:
+    q, k, v, _ = draw()
+    with pytest.raises(UnsupportedError, match="a probe knows no softcap"):
+        ALL_ROWS.take(prepare(q, k, v, causal=True, **option))

@@ -9,6 +9,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from attnkit._core.invariance import Invariance
 from attnkit._core.opspec import Case, OpSpec
 from attnkit._core.settings import settings
+from attnkit.lab.numerics.cells import Cell, auto_jobs, judge_cells
 from attnkit.lab.numerics.verdicts import Row, Subject, judge, judge_bias, judge_by_row, judge_exact
 from attnkit.ops import OPS
 
@@ -33,6 +35,7 @@ def run(
     device: str | torch.device = "cpu",
     level: str = "fast",
     backends: Sequence[str] | None = None,
+    jobs: int | None = 1,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Check operators (all of them by default) and return every judged quantity.
@@ -41,18 +44,23 @@ def run(
         names: operators of `attnkit.ops`.
         level: "fast" or "full" cases.
         backends: only these; default all. A backend that refuses a call is not judged on it.
-        on_row: called as each row is ready.
+        jobs: processes, which import attnkit anew; one is this process. None: as many as cores and memory allow, if there is
+            enough to do.
+        on_row: called as each row is ready; rows of a case in a dtype come behind each other, of several jobs in any order.
     Raises:
-        OptionError: an unknown operator.
+        OptionError: an unknown operator, or less than one job.
+        CheckFailed: a process died; the message names the case.
     """
-    rows = []
-    for spec, case, dtype in _cells(names, dtypes, level):
-        for judged in (check, check_invariances):
-            for row in judged(spec, case, dtype, device=device, backends=backends):
-                rows.append(row)
-                if on_row:
-                    on_row(row)
-    return rows
+    cells = list(_cells(names, dtypes, level))
+    judge = partial(_judged, device=device, backends=backends)
+    count = auto_jobs(len(cells), torch.device(device)) if jobs is None else jobs
+    rows: dict[Cell, list[Row]] = {}
+    for cell, judged in judge_cells(cells, judge, count):
+        rows[cell] = judged
+        if on_row:
+            for row in judged:
+                on_row(row)
+    return [row for cell in cells for row in rows[cell]]
 
 
 def plan(names: Sequence[str] | None = None, *, dtypes: Sequence[torch.dtype], level: str = "fast") -> int:
@@ -60,14 +68,19 @@ def plan(names: Sequence[str] | None = None, *, dtypes: Sequence[torch.dtype], l
     return sum(1 for _ in _cells(names, dtypes, level))
 
 
-def _cells(
-    names: Sequence[str] | None, dtypes: Sequence[torch.dtype], level: str
-) -> Iterator[tuple[OpSpec, Case, torch.dtype]]:
+def _cells(names: Sequence[str] | None, dtypes: Sequence[torch.dtype], level: str) -> Iterator[Cell]:
     for name in names or list(OPS):
         spec = OPS[name]
         for case in spec.cases:
             if level == "full" or case.level == "fast":
-                yield from ((spec, case, dtype) for dtype in dtypes if dtype in spec.dtypes)
+                yield from (Cell(name, case.name, dtype) for dtype in dtypes if dtype in spec.dtypes)
+
+
+def _judged(cell: Cell, *, device: str | torch.device, backends: Sequence[str] | None) -> list[Row]:
+    spec = OPS[cell.op]
+    case = next(case for case in spec.cases if case.name == cell.case)
+    options: dict[str, Any] = {"device": device, "backends": backends}
+    return [row for judge in (check, check_invariances) for row in judge(spec, case, cell.dtype, **options)]
 
 
 def check(

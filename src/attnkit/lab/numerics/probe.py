@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from attnkit._core.errors import OptionError, ShapeError
+from attnkit._core.errors import OptionError, ShapeError, UnsupportedError
 from attnkit.lab.numerics.formats import BF16, FP16, FP32, FP64, FloatFormat, round_to, ulp
 from attnkit.lab.numerics.measured import Measured, ProbeReport
 from attnkit.lab.numerics.sampled import Sample, heads_last, pick, take
-from attnkit.ops.attention.call import prepare
+from attnkit.ops.attention.call import AttentionCall, prepare
 
 __all__ = ["FACTS", "Probed", "RoundingBiasProbe", "look_at", "rounds_to_one"]
 
@@ -114,83 +114,43 @@ class RoundingBiasProbe:
         cu_seqlens_k: Tensor | None = None,
         stable: str = "off",
     ) -> ProbeReport:
-        """Look at a call whose gradient is known already, or not wanted: `look(...).finish(d_out).report()`.
-
-        Raises:
-            what `look` and `Measured.report` raise.
-        """
-        return self.look(
-            q, k, v, out=out, lse=lse, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, stable=stable,
-        ).finish(d_out).report()  # fmt: skip
-
-    @torch.no_grad()
-    def look(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-        window_size: tuple[int | None, int | None] | None = None,
-        key_bias: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        stable: str = "off",
-    ) -> Probed:
-        """Look at a call before its gradient is known, without waiting for the device.
+        """Look at a call whose gradient is known already, or not wanted.
 
         Args:
-            q, k, v, causal, scale, window_size, key_bias, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: of the
-                call, as in `attnkit.ops.attention`.
+            q, k, v, causal, scale, window_size, key_bias, cu_seqlens_q, cu_seqlens_k: of the call, as in
+                `attnkit.ops.attention`.
             out: what the call returned; None means the true output rounded once.
+            d_out: its gradient; None leaves out what depends on it.
             lse: what its backward pass makes probabilities from, [B, T, H] or packed [R, H]; None means the exact one.
             stable: how the backward pass forms delta. "off" and "dynamic_max": from `out`. "delta": the second half of the
                 output is not known from outside, and is taken to be what rounding took from the true one, half a unit in
                 the last place at most. "exact_delta": as it should be, so that eps is 0 by construction.
         Raises:
             ShapeError, DTypeError, OptionError, UnsupportedError: as `attnkit.ops.attention` raises them.
+            InputError: NaN or infinities in what the sampled rows see, or in their gradient.
         """
-        return look_at(self.take(
-            q, k, v, out=out, lse=lse, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias,
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-            stable=stable,
-        ))  # fmt: skip
-
-    @torch.no_grad()
-    def take(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        out: Tensor | None = None,
-        lse: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-        window_size: tuple[int | None, int | None] | None = None,
-        key_bias: Tensor | None = None,
-        cu_seqlens_q: Tensor | None = None,
-        cu_seqlens_k: Tensor | None = None,
-        max_seqlen_q: int | None = None,
-        max_seqlen_k: int | None = None,
-        stable: str = "off",
-    ) -> Sample:
-        """Only copy what `look_at` will need, rows and the keys and values of two sequences; as `look`, which does both."""
         call = prepare(
             q, k, v, causal=causal, scale=scale, window_size=window_size, key_bias=key_bias, cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, stable=stable,
+            cu_seqlens_k=cu_seqlens_k, stable=stable,
         )  # fmt: skip
-        fmt = self.fmt or _FORMATS[q.dtype]
-        for name, tensor, shape in (("out", out, (*q.shape[:-1], v.shape[-1])), ("lse", lse, q.shape[:-1])):
+        return look_at(self.take(call, out, lse)).finish(d_out).report()
+
+    @torch.no_grad()
+    def take(self, call: AttentionCall, out: Tensor | None = None, lse: Tensor | None = None) -> Sample:
+        """Only copy what `look_at` will need, rows and the keys and values of two sequences, without waiting for the device.
+
+        Args:
+            call, out, lse: as above, where `call` is what `attnkit.ops.attention` was asked.
+        Raises:
+            ShapeError: `out` or `lse` is not of this call, or there is no row.
+            UnsupportedError: the call has a softcap, sinks or positions of its rows.
+        """
+        if call.softcap or call.sinks is not None or call.q_pos is not None:
+            raise UnsupportedError("a probe knows no softcap, no sinks and no q_pos; look at a call without them")
+        for name, tensor, shape in (("out", out, (*call.q.shape[:-1], call.v.shape[-1])), ("lse", lse, call.q.shape[:-1])):
             if tensor is not None and tensor.shape != shape:
                 raise ShapeError(f"{name} has shape {tuple(tensor.shape)}; that of the call is {tuple(shape)}")
-        return take(call, out, lse, fmt, self.rows, self.seed)
+        return take(call, out, lse, self.fmt or _FORMATS[call.q.dtype], self.rows, self.seed)
 
 
 @torch.no_grad()

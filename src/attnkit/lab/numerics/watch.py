@@ -15,6 +15,7 @@ from attnkit.lab.numerics.measured import NOT_FINITE, ProbeReport, reports
 from attnkit.lab.numerics.probe import Probed, RoundingBiasProbe, look_at
 from attnkit.lab.numerics.sampled import Sample, pick, stacked
 from attnkit.modules import SoftmaxAttention
+from attnkit.ops.attention.call import prepare
 
 __all__ = ["Watch", "attention_layers"]
 
@@ -116,7 +117,7 @@ class Watch:
     def _take(self, name: str, q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: dict[str, Any]) -> None:
         started = time.perf_counter()
         options.pop("out_dtype", None)
-        sample = self._probe.take(q, k, v, out=out, **options)
+        sample = self._probe.take(prepare(q, k, v, **options), out)
         if sum(kept.elements for kept in self._kept.values()) + sample.elements > _TOGETHER:
             self._look()
         self._seen.add(name)

@@ -1,6 +1,5 @@
 """The entry: which kernels are tuned, by whom, and where the result is kept."""
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -13,7 +12,7 @@ from attnkit._core.devices import device_name
 from attnkit._core.errors import DeviceUnavailable, DTypeError, OptionError
 from attnkit._core.events import Event, Kind
 from attnkit._core.triton import interpreted
-from attnkit.lab.tune.pool import Pool
+from attnkit.lab.pool import Lost, Pool, workers_for
 from attnkit.lab.tune.search import Dropped, Row, choose, faithful, race
 from attnkit.lab.tune.trial import Problem, Trial, attempt, dtype_name, probe
 from attnkit.lab.tune.tunables import TUNABLES, Tunable
@@ -22,9 +21,7 @@ __all__ = ["run"]
 
 MIN_ROUNDS = 3  # below that a median and quartiles say nothing
 _LIMIT_S = 180.0  # to compile and run one configuration; those worth having take a few seconds
-_MAX_WORKERS = 16
 _HOPPER_SHARED = 227 * 1024
-_WORKER_BYTES = 2**30  # of device memory: a CUDA context, a problem and its results
 
 
 def run(
@@ -76,7 +73,7 @@ def run(
     with (
         torch.cuda.device(place) if place.type == "cuda" else nullcontext(),
         torch.no_grad(),
-        Pool.open(attempt, _workers(place) if workers is None else workers, _LIMIT_S) as pool,
+        Pool.open(attempt, workers_for(place) if workers is None else workers, _LIMIT_S) as pool,
     ):
         tell = _Teller(on_event, len(problems))
         tell("plan", f"{len(problems)} kernels")
@@ -108,7 +105,8 @@ def _tune(tunable: Tunable, problem: Problem, pool: Pool, rounds: int, tell: "_T
     present = tunable.table.pick(*problem.key, device)
     configs = dict.fromkeys((present, *tunable.candidates(*problem.key, _shared_memory(device))))
     tell("phase", f"{problem}: {len(configs)} configurations")
-    reasons = pool.run([Trial(problem, config) for config in configs])
+    results = pool.run([Trial(problem, config) for config in configs])
+    reasons = [result.reason if isinstance(result, Lost) else result for result in results]
     dropped = [Dropped(config, why) for config, why in zip(configs, reasons, strict=True) if why]
     alive = [config for config, why in zip(configs, reasons, strict=True) if not why]
     final, failed, notes = race(probe(problem), device, present, alive, rounds) if alive else ([], [], ())
@@ -187,13 +185,6 @@ def _problems(
         if bits == number.itemsize * 8 and (not kernels or kernel in kernels) and (not dims or width in dims)
     ]
     return sorted(problems, key=lambda problem: problem.width)
-
-
-def _workers(place: torch.device) -> int:
-    """As many as there are cores and room on the device for."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = torch.cuda.mem_get_info(place)[0] // _WORKER_BYTES if place.type == "cuda" else cores
-    return max(1, min(cores, room, _MAX_WORKERS))
 
 
 def _shared_memory(place: torch.device) -> int:

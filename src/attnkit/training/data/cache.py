@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from attnkit.training.tokenizers import TextTokenizer
 
 __all__ = ["TokenStore", "open_store"]
 
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+
 _FORMAT = 1  # raise when what stands in the folder, or how texts are cut, changes
 _CHUNK = 256  # documents that are tokenised in one call
-_PATIENCE = 100  # times that a store is looked for, 50 ms apart
 _TAIL = 0.05  # share of a lone document that becomes a second one, so that there is something to validate on
 
 
@@ -68,36 +68,36 @@ def open_store(source: str, tokenizer: TextTokenizer, *, on_phase: Callable[[str
     arrays = _read(folder)
     if arrays is None:
         on_phase(f"tokenising {source} ({tokenizer.name})")
-        _write(folder, [document.text for document in assets.load_text(source)], tokenizer)
-        for _ in range(_PATIENCE):  # another process may be putting its own, of the same tokens, in the place of ours
-            arrays = _read(folder)
-            if arrays is not None:
-                break
-            time.sleep(0.05)
-        else:
-            raise InputError(f"{folder} cannot be read after it was written; delete it, and see whether the disk is full")
+        arrays = _write(folder, [document.text for document in assets.load_text(source)], tokenizer)
     tokens, offsets, text_bytes, digests = arrays
     return TokenStore(source, tokenizer.name, tokenizer.vocab_size, tokenizer.sha256, tokens, offsets, text_bytes, digests)
 
 
-def _write(folder: Path, texts: Sequence[str], tokenizer: TextTokenizer) -> None:
+def _write(folder: Path, texts: Sequence[str], tokenizer: TextTokenizer) -> _Arrays:
+    """Tokenise and keep; what another process has put there meanwhile, of the same tokens, stays and may be in use."""
     if len(texts) == 1:
         texts = _halves(texts[0])
     parts = [ids for chunk in _chunks(texts) for ids in tokenizer.documents(chunk)]
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+    written = None
     try:
-        with new_folder(folder) as temporary:  # in place of one that could not be read
+        with new_folder(folder, unless=lambda: _read(folder) is not None) as temporary:
             np.save(temporary / "tokens.npy", np.concatenate(parts).astype(dtype))
             np.save(temporary / "offsets.npy", np.cumsum([0, *(len(ids) for ids in parts)], dtype=np.int64))
             np.save(temporary / "bytes.npy", np.array([len(text.encode()) for text in texts], np.int64))
             (temporary / "digests.json").write_text(json.dumps(digests), encoding="utf-8")
+            written = _read(temporary)
     except OSError:
-        if _read(folder) is None:  # otherwise another process was quicker, with the same tokens
+        if _read(folder) is None:  # otherwise another process was quicker
             raise
+    arrays = _read(folder) or written  # ours, if another process that also found the folder damaged is replacing it now
+    if arrays is None:
+        raise InputError(f"{folder} cannot be read after it was written; delete it, and see whether the disk is full")
+    return arrays
 
 
-def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]] | None:
+def _read(folder: Path) -> _Arrays | None:
     try:
         tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         offsets, text_bytes = np.load(folder / "offsets.npy"), np.load(folder / "bytes.npy")

@@ -1,7 +1,12 @@
 """Attempts that a worker process can import."""
 
+import multiprocessing
 import os
+import sys
+import threading
 import time
+
+from attnkit.lab.pool import Pool
 
 
 def attempt(task: str) -> str:
@@ -24,6 +29,32 @@ def slow(task: str) -> str:
 def pid(task: str) -> str:
     """In which process it ran."""
     return str(os.getpid())
+
+
+def pid_in_a_while(task: int) -> str:
+    """In which process it ran, after a moment that gives the other one time to start."""
+    time.sleep(0.5 if task < 2 else 0.05)
+    return pid("")
+
+
+def interrupted() -> None:
+    """Run a pool until Ctrl-C; print when to send it, and what is left of the processes."""
+    ready = threading.Event()
+
+    def tell() -> None:
+        while len(multiprocessing.active_children()) < 2:
+            time.sleep(0.001)
+        if sys.argv[1] == "working":
+            ready.wait()
+        print(sys.argv[1], flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        with Pool.open(attempt, 2) as pool:
+            for _ in pool.finished(["", "hang", "hang"]):
+                ready.set()
+    except KeyboardInterrupt:
+        print(f"interrupted, {len(multiprocessing.active_children())} left")
 
 
 def load_slowly() -> object:
