@@ -106,6 +106,7 @@ def test_the_quick_form(name: str, tmp_path: Path) -> None:
             "mlstm exp",
             "mlstm sigmoid",
             "lightning",
+            "simple gla",
         ]
     if name == "entmax-lm":
         (row,) = (row for row in document["rows"] if row["norm"] == "entmax")

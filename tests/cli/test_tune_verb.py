@@ -65,12 +65,14 @@ def test_without_a_gpu_there_is_nothing_to_measure(options: list[str], monkeypat
 def test_options_reach_the_measurement(calls: list[dict[str, Any]]) -> None:
     assert invoke("--kernels", "fwd,decode", "--dims", "64,128", "--dtype", "fp16", "--dry-run").exit_code == 0
     assert invoke().exit_code == 0
+    assert invoke("mlstm").exit_code == 0
     for call in calls:
         assert callable(call.pop("on_event"))
         assert call.pop("command").startswith("attnkit")
     first = {"dtypes": [torch.float16], "dims": (64, 128), "kernels": ("fwd", "decode"), "device": GPU, "store": False}
     second = {"dtypes": [torch.bfloat16], "dims": None, "kernels": None, "device": GPU, "store": True}
-    assert calls == [{"op": "attention", **first}, {"op": "attention", **second}]
+    assert calls == [{"op": "attention", **first}, {"op": "attention", **second}, {"op": "mlstm", **second}]
+    assert "did you mean 'mlstm'" in invoke("mlstn").stderr
 
 
 def test_the_result_is_a_table_in_a_hundred_columns_and_how_to_undo_it(calls: list[dict[str, Any]]) -> None:

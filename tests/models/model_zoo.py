@@ -77,6 +77,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "dropped": {"mixer_types": ["drop_sparse_attention", "attention"]},
     "mlstm": {"mixer_types": ["mlstm", "mlstm_sigmoid"], "mlstm": {"igate_bias_init": 0.0, "qk_ratio": 1.0}},
     "lightning": {"mixer_types": ["lightning", "lightning_nope"]},
+    "simple_gla": {"mixer_types": ["simple_gla", "simple_gla"]},
     "recurrent_hybrid": {
         "mixer_types": ["lightning", "attention", "mlstm"],
         "attention_bias": True,
@@ -97,7 +98,7 @@ HEADS: dict[str, Any] = {
     "encoder": AttnkitEncoderForMaskedLM,
     "xlstm": AttnkitXLSTMForCausalLM,
 }
-RECURRENT = ("mlstm", "lightning", "recurrent_hybrid", "xlstm")
+RECURRENT = ("mlstm", "lightning", "simple_gla", "recurrent_hybrid", "xlstm")
 ATTENTION = ("dense", "tied", "sliding", "entmax", "learned_entmax", "hashed", "hashed_shared", *RECURRENT)  # padded, packed
 
 

@@ -260,6 +260,7 @@ def test_parameter_count(name: str) -> None:
     bias = c.attention_bias
     mixers["mlstm"] = mixers["mlstm_sigmoid"] = _mlstm_weights(c) + bias * (width * 3 + 2 * width * _qk_ratio(c))
     mixers["lightning"] = mixers["lightning_nope"] = 5 * width * width + 2 * c.head_dim + width + bias * 5 * width
+    mixers["simple_gla"] = 4 * width * width + c.num_attention_heads * (width + 1) + width + bias * 4 * width
     mlps = {
         "swiglu": 3 * width * inner + c.mlp_bias * (2 * inner + width) + norm,
         "mlp": 2 * width * inner + c.mlp_bias * (inner + width) + norm,

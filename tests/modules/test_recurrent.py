@@ -11,7 +11,7 @@ from torch import Tensor
 
 from attnkit import errors, ops
 from attnkit.models import PRESETS, AttnkitDecoderForCausalLM
-from attnkit.modules import GroupNormGate, LightningAttention, MixerContext, MLSTMLayer, RotaryEmbedding
+from attnkit.modules import GroupNormGate, LightningAttention, MixerContext, MLSTMLayer, RotaryEmbedding, SimpleGLA
 
 
 def test_mlstm_layer_is_its_formula() -> None:
@@ -62,13 +62,35 @@ def test_lightning_layer_is_its_formula() -> None:
     assert (layer(x, MixerContext(rope=(cos, sin))) - wanted).abs().max() < 1e-7  # slopes are float32
 
 
+def test_simple_gla_layer_is_its_formula() -> None:
+    """A log decay for each token and head, RMSNorm of each head, a SiLU gate on the output."""
+    layer = SimpleGLA(32, 4, gate_logit_normalizer=2.0).double()
+    with torch.no_grad():
+        layer.head_norm.add_(0.3 * torch.randn(32))
+        layer.fgate_bias.add_(torch.randn(4))
+    x = torch.randn(2, 11, 32, dtype=torch.float64)
+    q, k, v = (p(x).unflatten(-1, (4, -1)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    assert (q.shape[-1], v.shape[-1]) == (4, 8)
+    keep = torch.sigmoid(layer.fgate_proj(x) + layer.fgate_bias).sqrt()  # [B, T, H]
+    state, rows = torch.zeros(2, 4, 4, 8, dtype=torch.float64), []
+    for t in range(11):
+        state = keep[:, t, :, None, None] * state + k[:, t, :, :, None] * v[:, t, :, None]
+        rows.append((q[:, t, :, :, None] * state).sum(-2) / 2)  # 1 / sqrt(4)
+    h = torch.stack(rows, 1)
+    h = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    gate = layer.gate_proj(x)
+    wanted = layer.o_proj(gate * torch.sigmoid(gate) * h.flatten(-2) * layer.head_norm)
+    assert (layer(x) - wanted).abs().max() < 1e-12
+    assert layer.bfloat16().log_decay(x.bfloat16()).dtype == torch.float32
+
+
 def test_group_norm_gate_in_one_group_is_a_norm() -> None:
     norm = GroupNormGate(12, 1)
     x, gate = torch.randn(3, 12), torch.randn(3, 12)
     assert torch.allclose(norm(x, gate), F.rms_norm(x, (12,), eps=1e-6) * torch.sigmoid(gate), atol=1e-6)
 
 
-@pytest.mark.parametrize("mixer", ["mlstm", "mlstm_sigmoid", "lightning", "lightning_nope"])
+@pytest.mark.parametrize("mixer", ["mlstm", "mlstm_sigmoid", "lightning", "lightning_nope", "simple_gla"])
 def test_a_model_learns_and_its_state_does_not_grow(mixer: str) -> None:
     """Thirty steps on a text that repeats; then greedy generation from the state is generation without a cache."""
     torch.manual_seed(1)
@@ -97,7 +119,7 @@ def _bytes(cache: Any) -> int:
     return sum(layer.recurrent_states[0].nbytes for layer in cache.layers)
 
 
-@pytest.mark.parametrize("mixer", ["mlstm", "lightning"])
+@pytest.mark.parametrize("mixer", ["mlstm", "lightning", "simple_gla"])
 def test_gradients_through_a_cached_prefix(mixer: str) -> None:
     """A cache writes states in place; what the first half of a sequence is owed must still be right."""
     torch.manual_seed(2)
@@ -126,7 +148,9 @@ class Kept:
 
 
 @pytest.mark.parametrize(
-    "layer", [MLSTMLayer(32, 4, igate_bias_init=-3.0), LightningAttention(32, 4, rope=False)], ids=["mlstm", "lightning"]
+    "layer",
+    [MLSTMLayer(32, 4, igate_bias_init=-3.0), LightningAttention(32, 4, rope=False), SimpleGLA(32, 4)],
+    ids=["mlstm", "lightning", "simple_gla"],
 )
 def test_padding_anywhere_leaves_the_state_as_it_is(layer: Any) -> None:
     """Before, between and behind real tokens: nothing is put in, and nothing forgotten meanwhile."""
@@ -156,6 +180,8 @@ def test_options_of_the_mlstm_layer(options: dict[str, Any]) -> None:
         ('normalize=False with input_gate="exp"', lambda: MLSTMLayer(32, 4, normalize=False)),
         ("rotary_share=0.3 must be", lambda: LightningAttention(32, 4, rotary_share=0.3)),
         ("32 channels are no multiple of 5 groups", lambda: LightningAttention(32, 4, norm_groups=5)),
+        ("gate_logit_normalizer=0 must be positive", lambda: SimpleGLA(32, 4, gate_logit_normalizer=0)),
+        ("qk_ratio makes 12.8 channels", lambda: SimpleGLA(32, 4, qk_ratio=0.4)),
         ("context.rope is missing", lambda: LightningAttention(32, 4)(torch.ones(1, 2, 32))),
         (
             "mlstm has no option 'ratio'",

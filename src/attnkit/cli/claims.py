@@ -100,6 +100,7 @@ def _text(value: Any) -> str:
 @click.option("--quick", is_flag=True, help="A form of seconds on a CPU, which decides nothing.")
 @click.option("--seeds", callback=parse_names, metavar="N,..", help="Seeds.  [default: those of the form]")
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Change a setting; lists are written 1,2,3.")
+@click.option("--only", default="", metavar="TEXT", help="Do the cells whose names contain TEXT.  [default: all]")
 @out_option
 @resume_option
 @json_option
@@ -110,6 +111,7 @@ def _run(
     quick: bool,
     seeds: tuple[str, ...] | None,
     changes: tuple[str, ...],
+    only: str,
     out: Path | None,
     resume: bool,
     as_json: bool,
@@ -119,7 +121,8 @@ def _run(
 
     Writes NAME.json after every cell, with the verdict so far, then NAME.html and NAME.png; trainings are kept in NAME-runs.
     All of them lie in --out (default: attnkit-claims). Ctrl-C keeps what is done. The exit code does not depend on the
-    verdict.
+    verdict. Cells can run side by side, on a GPU each, with --only and folders of their own; with all of their NAME-runs copied
+    into one folder, --resume there makes one result of them.
 
     Exit codes: 3 text or package not installed; 4 bad input; 5 no such device or out of memory; 130 interrupted.
     """
@@ -134,7 +137,7 @@ def _run(
     settings = claim.configure(quick=quick, seeds=_numbers(seeds), changes=dict(map(_pair, changes)))
     with Listener(name, folder, silent=quiet or as_json, unit="units of work").listening() as listener:
         document = run(
-            claim, folder, settings=settings, device=place, quick=quick, resume=resume, on_event=listener.hear,
+            claim, folder, settings=settings, device=place, quick=quick, only=only, resume=resume, on_event=listener.hear,
             command=shlex.join(["attnkit", *sys.argv[1:]]),
         )  # fmt: skip
     tables, lead = section_of(document)

@@ -26,11 +26,12 @@ __all__ = ["command"]
 
 @verb(
     "tune",
-    examples=("attnkit tune", "attnkit tune --kernels fwd,decode --dims 64,128 --dtype fp16 --dry-run"),
+    examples=("attnkit tune mlstm --dims 128,256", "attnkit tune --kernels fwd,decode --dims 64,128 --dtype fp16 --dry-run"),
     python='from attnkit.lab import tune\nresult = tune.run("attention", dims=[64, 128], device="cuda")',
     memory_hint="what is finished is kept; free memory of the GPU, or use smaller --dims",
 )
-@click.option("--kernels", callback=parse_names, metavar="K,..", help="fwd, decode, bwd_dq, bwd_dkdv.  [default: all]")
+@click.argument("name", default="attention")
+@click.option("--kernels", callback=parse_names, metavar="K,..", help="By name; a wrong one gets the list.  [default: all]")
 @click.option("--dims", callback=parse_lengths, metavar="D,..", help="Padded head widths: 16, 32, .. 256.  [default: all]")
 @click.option("--dry-run", is_flag=True, help="Measure and print, but keep nothing.")
 @device_option
@@ -38,6 +39,7 @@ __all__ = ["command"]
 @json_option
 @quiet_option
 def command(
+    name: str,
     kernels: tuple[str, ...] | None,
     dims: tuple[int, ...] | None,
     dry_run: bool,
@@ -46,7 +48,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure tile sizes of the attention kernels on this GPU and keep the best for later calls.
+    """Measure tile sizes of the kernels of NAME, attention or mlstm, on this GPU and keep the best for later calls.
+
+    Of attention (default) they are fwd, decode, bwd_dq, bwd_dkdv; of mlstm walk, outputs, d_queries, d_keys, d_values, which
+    scalar decay and lightning attention run through as well.
 
     A few dozen configurations a kernel are compiled in parallel, timed against the present one, and compared with float64.
     Winners go to the user's cache folder, kernel by kernel; Ctrl-C keeps them. bf16 and fp16 share one table. A head width
@@ -60,11 +65,11 @@ def command(
     from attnkit.lab import tune
     from attnkit.lab.tune.tunables import TUNABLES
 
-    path = TUNABLES["attention"]().table.path(place)
+    path = TUNABLES[name]().table.path(place)
     advice = "name the rest with --kernels and --dims"
     with Listener("tuning", path, silent=quiet or as_json, advice=advice).listening() as listener:
         document = tune.run(
-            "attention",
+            name,
             dtypes=[resolve_dtype(dtype, place)],
             dims=dims,
             kernels=kernels,

@@ -12,6 +12,7 @@ from attnkit.modules import (
     EntmaxAttention,
     LightningAttention,
     MLSTMLayer,
+    SimpleGLA,
     SoftmaxAttention,
     SparseCausalAttention,
     SwiGLU,
@@ -120,6 +121,10 @@ def _lightning(config: Any, layer_idx: int, *, rope: bool) -> nn.Module:
     )  # fmt: skip
 
 
+def _simple_gla(config: Any, layer_idx: int) -> nn.Module:
+    return SimpleGLA(config.hidden_size, config.num_attention_heads, layer_idx=layer_idx, bias=config.attention_bias)
+
+
 def _options(config: Any, key: str, known: tuple[str, ...]) -> dict[str, Any]:
     options = dict(getattr(config, key, None) or {})
     for name in options:
@@ -131,6 +136,7 @@ def _options(config: Any, key: str, known: tuple[str, ...]) -> dict[str, Any]:
 _SIGMOID: dict[str, Any] = {"input_gate": "sigmoid", "normalize": False}
 mixer("mlstm", cache_type="linear_attention", packing=True, padding=True)(_mlstm)
 mixer("mlstm_sigmoid", cache_type="linear_attention", packing=True, padding=True)(partial(_mlstm, **_SIGMOID))
+mixer("simple_gla", cache_type="linear_attention", packing=True, padding=True)(_simple_gla)
 for _name, _rope in (("lightning", True), ("lightning_nope", False)):
     mixer(_name, cache_type="linear_attention", needs_rope=_rope, packing=True, padding=True)(partial(_lightning, rope=_rope))
 

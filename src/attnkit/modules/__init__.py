@@ -13,6 +13,7 @@ from attnkit.modules.norms import make_norm
 from attnkit.modules.recurrent import GroupNormGate
 from attnkit.modules.rotary import RotaryEmbedding, rotate
 from attnkit.modules.selection import Kept, LearnedDrop, LSHHasher, RandomDrop, Redrawn, TopKDrop
+from attnkit.modules.simple_gla import SimpleGLA
 from attnkit.modules.sparse_attention import SparseCausalAttention
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "MixerContext",
     "RotaryEmbedding",
     "Shared",
+    "SimpleGLA",
     "SoftmaxAttention",
     "SwiGLU",
     "Kept",

@@ -60,9 +60,7 @@ def train(
         KeyboardInterrupt: a signal asked to stop; a checkpoint was written before.
     """
     started = time.monotonic()
-    facts = report.plain({"model": _model_facts(model), "data": data.facts, "recipe": recipe.facts()})
-    if alpha is not None:
-        facts["alpha"] = {"start": alpha.start, "target": alpha.target, "warmup_tokens": alpha.warmup_tokens}
+    facts = run_facts(model, data, recipe, alpha)
     checkpoint = _check_folder(out, facts, resume)
     trainer = make_trainer(
         model, data, recipe, out,
@@ -99,6 +97,15 @@ def train(
             save_model(trainer.accelerator.unwrap_model(trainer.model), out / "model", facts, weights)
         _write(out, document)
     return document
+
+
+def run_facts(model: Any, data: TrainingData, recipe: Recipe, alpha: AlphaSchedule | None) -> dict[str, Any]:
+    """What must be the same when a training goes on, as it stands in its files."""
+    facts = report.plain({"model": _model_facts(model), "data": data.facts, "recipe": recipe.facts()})
+    if alpha is not None:
+        facts["alpha"] = {"start": alpha.start, "target": alpha.target, "warmup_tokens": alpha.warmup_tokens}
+    assert isinstance(facts, dict)
+    return facts
 
 
 def _check_folder(out: Path, facts: Mapping[str, Any], resume: bool) -> Path | None:

@@ -113,7 +113,12 @@ def test_peers_say_what_they_cannot_do() -> None:
     assert limits("mlstm", "fla", shape("mlstm", "fwd", gates="plain")) == ""
     assert "exponential gates only" in limits("mlstm_step", "mlstm-kernels", shape("mlstm_step", "step", gates="plain"))
     assert "is not installed" in RACES["mlstm"].peers["mlstm-kernels"].reasons(shape("mlstm", "fwd"))[0]
+    assert "who runs forward" in limits("mlstm", "mlstm-kernels-unjudged", shape("mlstm", "fwd"))
+    assert "multiples of 128" in limits("mlstm", "mlstm-kernels-unjudged", shape("mlstm", "fwd+bwd", 100))
+    assert limits("mlstm", "mlstm-kernels-unjudged", shape("mlstm", "fwd+bwd")) == ""
     assert [peer.name for peer in contestants(RACES["mlstm"], None, CPU)] == ["sdpa"]
+    everybody = [peer.name for peer in contestants(RACES["mlstm"], None, torch.device("cuda"))]
+    assert everybody == ["mlstm-kernels", "mlstm-kernels-unjudged", "fla", "sdpa-flash", "cudnn", "fa4"]
 
 
 @pytest.mark.parametrize("op", ["mlstm", "scalar_decay_attention", "lightning_attention"])

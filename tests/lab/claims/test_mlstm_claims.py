@@ -1,12 +1,15 @@
 """The claims of system 2: the verdict on planted losses, and gains against a loop without any stabiliser."""
 
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from attnkit.lab.claims import CLAIMS
+from attnkit._core.errors import OptionError
+from attnkit.lab.claims import CLAIMS, run
 from attnkit.lab.claims.mlstm_lm import MIXERS
 from attnkit.lab.claims.mlstm_transfer import transfer_behaviour
 from attnkit.training import new_model
@@ -16,7 +19,7 @@ LM, TRANSFER = CLAIMS["mlstm-lm"], CLAIMS["mlstm-transfer"]
 
 def judged(**losses: float) -> Any:
     settings = LM.configure(seeds=(0,))
-    names = dict(zip(("softmax", "exp", "sigmoid", "lightning"), MIXERS, strict=True))
+    names = dict(zip(("softmax", "exp", "sigmoid", "lightning", "gla"), MIXERS, strict=True))
     return LM.conclude(
         settings,
         [
@@ -122,3 +125,25 @@ def test_the_verdict_on_gains() -> None:
     assert [figure["title"] for figure in planted(0.0).figures] == [
         f"Gain {where} the norm, {gate} input gate" for where in ("before", "after") for gate in ("exp", "sigmoid")
     ]
+
+
+def test_trainings_of_several_processes_make_one_result(tmp_path: Path) -> None:
+    """Arms that were trained in folders of their own are found in the folder that their runs are copied to, or refused."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"{i} times {i % 7} makes {i * (i % 7)}" for i in range(400)), encoding="utf-8")
+    changes = {"text": str(text), "layers": "1"}
+    settings = LM.configure(quick=True, changes=changes)
+    for part, arm in enumerate(MIXERS):
+        alone = run(LM, tmp_path / str(part), settings=settings, quick=True, only=arm)
+        assert [row["arm"] for row in alone["rows"]] == [arm]
+        shutil.copytree(tmp_path / str(part) / "mlstm-lm-runs", tmp_path / "all" / "mlstm-lm-runs", dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in tmp_path.glob("all/mlstm-lm-runs/*/train.json")}
+    assert len(before) == len(MIXERS)
+    document = run(LM, tmp_path / "all", settings=settings, quick=True, resume=True)
+    assert document["complete"]
+    assert [row["arm"] for row in document["rows"]] == list(MIXERS)
+    assert {path: path.read_bytes() for path in before} == before, "nothing was trained again"
+    for name, value in (("steps", "5"), ("dim", "64"), ("step_tokens", "512")):
+        (tmp_path / "all" / "mlstm-lm.json").unlink(missing_ok=True)
+        with pytest.raises(OptionError, match=r"cannot resume .*train\.json: it was started with"):
+            run(LM, tmp_path / "all", settings=LM.configure(quick=True, changes={**changes, name: value}), resume=True)

@@ -110,6 +110,18 @@ def test_what_is_done_is_kept(tmp_path: Path) -> None:
     assert calls == ["1/4"]
 
 
+def test_some_cells_alone(tmp_path: Path) -> None:
+    document = validated(run(TOY, tmp_path, only="seed 1"))
+    assert calls == ["1/4", "1/8"]
+    assert not document["complete"]
+    assert document["verdict"]["reason"] == "2 of 4 cells are done; so far: holds. The best is 5."
+    calls.clear()
+    assert run(TOY, tmp_path, resume=True)["complete"]
+    assert calls == ["0/4", "0/8"]
+    with pytest.raises(OptionError, match=r"no cell of toy has 'seed 2' in its name; the first is 'seed 0, 4 tokens'"):
+        run(TOY, tmp_path / "none", only="seed 2")
+
+
 def test_trainings_of_another_run_are_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "toy-runs" / "seed-0").mkdir(parents=True)
     with pytest.raises(OptionError, match="holds trainings already"):

@@ -182,7 +182,15 @@ def _step_race(
 
 
 RACES = (
-    _sequence_race("mlstm", _mlstm_inputs, ("i", "f"), (peers.nxai, peers.fla_mlstm), (128, 256), 8, _axes(2, "heads", True)),
+    _sequence_race(
+        "mlstm",
+        _mlstm_inputs,
+        ("i", "f"),
+        (peers.nxai, peers.nxai_unjudged, peers.fla_mlstm),
+        (128, 256),
+        8,
+        _axes(2, "heads", True),
+    ),
     _sequence_race("scalar_decay_attention", _decay_inputs, ("g",), (peers.fla,), (128,), 32, _axes(1, "tokens", False)),
     _sequence_race(
         "lightning_attention", _lightning_inputs, ("slopes",), (peers.fla_lightning,), (128,), 32, _axes(1, "tokens", False)

@@ -13,7 +13,7 @@ from attnkit.lab.bench.attention import PEERS
 from attnkit.lab.bench.race import Operator, Peer, Shape
 from attnkit.ops import RecurrentState
 
-__all__ = ["dense_beside", "fla", "fla_lightning", "fla_mlstm", "fla_step", "nxai", "nxai_step"]
+__all__ = ["dense_beside", "fla", "fla_lightning", "fla_mlstm", "fla_step", "nxai", "nxai_step", "nxai_unjudged"]
 
 _CHUNK = 128  # rows of a chunk of theirs; longer ones have wrong gradients in 2.0.6
 _DENSE_WIDTH = 128
@@ -187,6 +187,13 @@ def dense_beside() -> list[Peer]:
 
 
 nxai = Peer("mlstm-kernels", f"NXAI's Triton kernels, chunks of {_CHUNK}", _nxai, _nxai_limits, **_NXAI)
+nxai_unjudged = dataclasses.replace(
+    nxai,
+    name="mlstm-kernels-unjudged",
+    summary=f"{nxai.summary}, whose gradients leave the normaliser's out",
+    limits=lambda shape: _nxai_limits(shape) if shape.trains else ["mlstm-kernels is who runs forward"],
+    same_result=False,
+)
 nxai_step = Peer("mlstm-kernels", "NXAI's Triton kernel of a step", _nxai_step, _only_exponential, **_NXAI)
 fla = Peer("fla", "chunk_simple_gla of flash-linear-attention", _fla, _heads_alone, **_FLA)
 fla_lightning = Peer("fla", "the same with a constant decay", _fla_lightning, _heads_alone, **_FLA)

@@ -1,4 +1,4 @@
-"""System 2: language models of the mLSTM with exponential and with sigmoid gates, beside softmax and lightning attention."""
+"""System 2: language models of the mLSTM with exponential and with sigmoid gates, beside softmax and linear attention."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ MIXERS = {
     "mlstm exp": "mlstm:igate_bias_init=null",
     "mlstm sigmoid": "mlstm_sigmoid:igate_bias_init=null",
     "lightning": "lightning",
+    "simple gla": "simple_gla",
 }
 _GATES, _SOFTMAX = 0.01, 0.03  # of the loss
 
@@ -64,7 +65,7 @@ def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
         for end, pick in (("least", min), ("largest", max)):
             gaps = _by_seed(found["mlstm sigmoid"], found["mlstm exp"])
             numbers[f"sigmoid over exp at {length}, {end} of the seeds"] = pick(gaps) if gaps else None
-        for arm in ("mlstm exp", "mlstm sigmoid", "lightning"):
+        for arm in list(MIXERS)[1:]:
             numbers[f"{arm} over softmax at {length}"] = _above(losses[arm], losses["softmax"])
         for arm, chosen in found.items():
             of = spread([row["validation_loss"] for row in chosen]) if chosen else None

@@ -14,6 +14,7 @@ import torch
 from attnkit import report
 from attnkit._core.events import Event
 from attnkit.modules import AlphaSchedule
+from attnkit.report.resuming import require_same
 
 if TYPE_CHECKING:
     from attnkit.training import PackedRows, Recipe, TextData
@@ -61,12 +62,16 @@ class Place:
             model, data, recipe, alpha, validation_rows: see `attnkit.training.train`.
         Returns:
             the result of attnkit.train/1.
+        Raises:
+            OptionError: the training of this name has another model, data or recipe.
         """
         from attnkit import training
+        from attnkit.training.run import run_facts
 
         out = self.run_folder(name)
         if (out / "train.json").is_file():
             document = report.read_envelope(out / "train.json")
+            require_same(out / "train.json", document, run_facts(model, data, recipe, alpha))
         else:
             if self.device.type == "cuda":  # the peak of each training is its own
                 gc.collect()

@@ -28,6 +28,7 @@ def run(
     settings: Any = None,
     device: str | torch.device = "cpu",
     quick: bool = False,
+    only: str = "",
     resume: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     command: str | None = None,
@@ -41,14 +42,16 @@ def run(
         settings: of `claim.configure`; None takes those of the form.
         device: where to compute.
         quick: the settings are those of the quick form, and so the verdict stays open.
-        resume: keep what is done.
+        only: do the cells whose names contain this; the verdict stays open until all are done.
+        resume: keep what is done, single trainings too: what several processes have trained in folders of their own is put
+            together by copying their NAME-runs into one.
         on_event: told the progress.
         command: the command line to record; None records this call.
     Returns:
         the envelope of attnkit.claim/1, as in the file.
     Raises:
         OptionError: the folder holds this claim's trainings or an unfinished result and `resume` is not set; or `resume` is,
-            and the result has other settings.
+            and the result or a training has other settings; or no cell is called so.
         KeyboardInterrupt: a signal asked to stop; finished cells and a checkpoint are kept.
     """
     place = torch.device(device)
@@ -63,10 +66,13 @@ def run(
     )  # fmt: skip
     if not resume and folder.is_dir():
         raise OptionError(f"{folder} holds trainings already; go on with resume (--resume), or choose another out (--out)")
-    cells = claim.cells(chosen)
+    every = claim.cells(chosen)
+    cells = [cell for cell in every if only in cell.name]
+    if not cells:
+        raise OptionError(f"no cell of {claim.name} has {only!r} in its name; the first is {every[0].name!r}")
     total, done = sum(cell.work for cell in cells), sum(cell.work for cell in cells if cell.name in memory.finished)
     on_event(Event("plan", f"{len(cells)} cells", done, total))
-    document = _save(memory, claim, chosen, len(cells), quick)
+    document = _save(memory, claim, chosen, len(every), quick)
     try:
         for cell in cells:
             if cell.name in memory.finished:
@@ -78,7 +84,7 @@ def run(
             rows = [{"cell": cell.name, **row} for row in cell.run(Place(folder, place, tell))]
             memory.add(cell.name, report.plain(rows))
             done += cell.work
-            document = _save(memory, claim, chosen, len(cells), quick)
+            document = _save(memory, claim, chosen, len(every), quick)
             on_event(Event("step", cell.name, done, total))
     finally:
         report.write_html(out / f"{claim.name}.html", [document])

@@ -43,6 +43,32 @@ def _attention() -> Tunable:
     return Tunable("attention", tuning.CONFIGS, tuning.candidates, tuning.probe, _attention_truth)
 
 
+def _mlstm() -> Tunable:
+    if not HAS_TRITON:
+        raise MissingExtra("Triton is not installed; run: pip install 'attnkit[triton]'")
+    from attnkit.ops._chunkwise_core._triton import tuning
+
+    return Tunable("mlstm", tuning.CONFIGS, tuning.candidates, tuning.probe, _mlstm_truth)
+
+
+def _mlstm_truth(probe: Probe) -> dict[str, Tensor]:
+    wanted = probe.upstream is not None
+    leaves = {name: tensor.double().requires_grad_(wanted) for name, tensor in probe.inputs.items()}
+    batch, _, heads, width = leaves["k"].shape
+    sizes = ((width, leaves["v"].shape[-1]), (width,), ())
+    S, n, m = (leaves["k"].new_zeros(batch, heads, *size) for size in sizes)
+    leaves["S"] = S.requires_grad_(wanted)
+    with torch.enable_grad():
+        out, state = ops.mlstm(
+            **{name: leaves[name] for name in probe.inputs}, initial_state=ops.RecurrentState(S, n, m), backend="torch"
+        )
+    found = {"out": out.detach(), "S": state.S.detach()}
+    if probe.upstream is None:
+        return found
+    grads = torch.autograd.grad(out, list(leaves.values()), probe.upstream.double())
+    return found | {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
 def _attention_truth(probe: Probe) -> dict[str, Tensor]:
     inputs = dict(probe.inputs)
     leaves = {name: inputs[name].double().requires_grad_(probe.upstream is not None) for name in ("q", "k", "v")}
@@ -56,3 +82,4 @@ def _attention_truth(probe: Probe) -> dict[str, Tensor]:
 
 TUNABLES: Registry[Callable[[], Tunable]] = Registry("tunable operator")
 TUNABLES.register("attention", _attention)
+TUNABLES.register("mlstm", _mlstm)

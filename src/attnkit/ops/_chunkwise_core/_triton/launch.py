@@ -17,9 +17,12 @@ from attnkit.ops._chunkwise_core._triton.states import merge, walk
 from attnkit.ops._chunkwise_core._triton.table import ChunkTable
 from attnkit.ops._chunkwise_core.passes import Gradients
 
-__all__ = ["backward", "forward"]
+__all__ = [
+    "ROWS", "Problem", "Walk", "backward", "forward", "new_reverse_walk", "new_walk", "run_d_keys", "run_d_queries",
+    "run_d_values", "run_outputs", "run_walk",
+]  # fmt: skip
 
-_ROWS = {2: 64, 4: 32}  # that a step of the walk takes, by bytes of an element
+ROWS = {2: 64, 4: 32}  # that a step of the walk takes, by bytes of an element
 _CHUNKS_A_SEGMENT = 4  # at least, where sequences are split
 _NARROWEST = 16  # tile of a matrix unit
 _MERGED = 1024  # elements of a state that a program merges
@@ -31,7 +34,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @dataclass
-class _Problem:
+class Problem:
     """A call: tensors [B, T, ...] as they come, packed ones with a batch of one.
 
     Attributes:
@@ -59,7 +62,7 @@ class _Problem:
         self.gates = self._sums()
 
     @classmethod
-    def of(cls, inputs: tuple[Any, ...]) -> "_Problem":
+    def of(cls, inputs: tuple[Any, ...]) -> "Problem":
         """From the registered operator's arguments."""
         q, k, v, decay, gain, m, S, n, cu_seqlens, normalize, scale, eps, chunk_size = inputs
         table = ChunkTable.of(q, cu_seqlens, chunk_size)
@@ -116,7 +119,7 @@ def _rows(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 
 @dataclass
-class _Walk:
+class Walk:
     """One walk over chunks: forward over k and v, or backward over q and gradients of outputs.
 
     Attributes:
@@ -149,24 +152,44 @@ class _Walk:
     rest: Tensor | None = None
 
 
-def _new_walk(
-    p: _Problem, reverse: bool, x: Tensor, y: Tensor, start: Tensor | None, start_n: Tensor | None, **more: Any
-) -> _Walk:
+def new_walk(
+    p: Problem, reverse: bool, x: Tensor, y: Tensor, start: Tensor | None, start_n: Tensor | None, **more: Any
+) -> Walk:
+    """A walk that is to be run, with room for what it leaves."""
     num_seqs, heads, states = p.table.num_seqs, p.kv_heads, (p.table.num_chunks, p.kv_heads, p.width)
     wide, new = p.decay.new_empty, p.q.new_empty
     sums, last_n = (wide(states), wide(num_seqs, heads, p.width)) if p.normalize else (None, None)
     last = wide(num_seqs, heads, p.width, p.width_v)
-    return _Walk(reverse, x, y, start, start_n, new(*states, p.width_v), sums, last, last_n, **more)
+    return Walk(reverse, x, y, start, start_n, new(*states, p.width_v), sums, last, last_n, **more)
 
 
-def _walk_tiles(p: _Problem) -> tuple[Config, int, int, int]:
+def new_reverse_walk(
+    p: Problem,
+    states: Walk,
+    d_out: Tensor,
+    ratio: Tensor | None,
+    delta: Tensor | None,
+    gates: bool,
+    start: Tensor | None,
+    start_n: Tensor | None,
+) -> Walk:
+    """The walk backward, after the one forward and `run_d_queries`, with room for what gradients of gates need."""
+    passing = p.decay.new_empty(_walk_tiles(p)[3], p.table.num_chunks, p.kv_heads) if gates else None
+    more = {"ratio": ratio, "delta": delta, "other": states.states, "other_n": states.sums, "passing": passing}
+    w = new_walk(p, True, p.q, d_out, start, start_n, **more)
+    if gates and w.states is not None and w.states.element_size() == 2:
+        w.rest = torch.empty_like(w.states)
+    return w
+
+
+def _walk_tiles(p: Problem) -> tuple[Config, int, int, int]:
     """The configuration, rows and columns of a tile of a state, and how many tiles it has."""
     config = p.config("walk")
     block_k, block_v = min(config.block_m, power_of_two(p.width, _NARROWEST)), p.columns(config)
     return config, block_k, block_v, -(-p.width // block_k) * -(-p.width_v // block_v)
 
 
-def _go(p: _Problem, w: _Walk) -> None:
+def run_walk(p: Problem, w: Walk) -> None:
     """Walk, in segments side by side where there are too few sequences and heads to fill the device."""
     t = p.table
     if not t.num_seqs:
@@ -193,7 +216,7 @@ def _go(p: _Problem, w: _Walk) -> None:
 
 
 def _merge(
-    p: _Problem, start: Tensor | None, totals: Tensor, left: Tensor, before: Any, last: Any, segments: int, reverse: bool
+    p: Problem, start: Tensor | None, totals: Tensor, left: Tensor, before: Any, last: Any, segments: int, reverse: bool
 ) -> None:
     size = totals[0, 0].numel()
     arguments = (start, totals, left, before, last, p.kv_heads, segments, size)
@@ -201,7 +224,7 @@ def _merge(
     launch(merge, grid, arguments, {"BLOCK": _MERGED, "REVERSE": reverse}, num_warps=4)
 
 
-def _step(p: _Problem, w: _Walk, segments: int) -> None:
+def _step(p: Problem, w: Walk, segments: int) -> None:
     t = p.table
     config, block_k, block_v, tiles = _walk_tiles(p)
     arguments = (
@@ -212,7 +235,7 @@ def _step(p: _Problem, w: _Walk, segments: int) -> None:
     )  # fmt: skip
     flags = {
         "BLOCK_K": block_k, "BLOCK_V": block_v, "BLOCK_L": t.chunk_size,
-        "BLOCK_R": min(_ROWS[p.q.element_size()], t.chunk_size),
+        "BLOCK_R": min(ROWS[p.q.element_size()], t.chunk_size),
         "NORM": p.normalize, "REVERSE": w.reverse, "PRECISION": precision(),
     }  # fmt: skip
     grid = (tiles * p.kv_heads * segments * t.num_seqs,)
@@ -221,10 +244,46 @@ def _step(p: _Problem, w: _Walk, segments: int) -> None:
 
 def forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
     """As `passes.forward`: out [R, H, Dv], what denominators are made of [R, H], S and n at the end."""
-    p = _Problem.of(inputs)
+    p = Problem.of(inputs)
+    w = new_walk(p, False, p.k, p.v, p.S, p.n)
+    run_walk(p, w)
+    out, den = run_outputs(p, w)
+    return out, den, w.last, w.last_n
+
+
+def backward(
+    inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, gates: bool
+) -> Gradients:
+    """As `passes.backward`; None stands for the gradients of decay, gain and m unless `gates`."""
+    p = Problem.of(inputs)
     t = p.table
-    w = _new_walk(p, False, p.k, p.v, p.S, p.n)
-    _go(p, w)
+    d_out = _rows(d_out, inputs[8])
+    states = new_walk(p, False, p.k, p.v, p.S, p.n)
+    run_walk(p, states)
+    d_q, crossing, ratio, delta, unit = run_d_queries(p, states, den, d_out, gates)
+    start, start_n = (None if x is None else x.contiguous() for x in (d_S, d_n))
+    w = new_reverse_walk(p, states, d_out, ratio, delta, gates, start, start_n)
+    run_walk(p, w)
+    d_k, sides = run_d_keys(p, w, d_out, gates)
+    d_v = run_d_values(p, w, d_out)
+    if w.passing is None:
+        return Gradients(d_q, d_k, d_v, None, None, None, w.last, w.last_n)  # type: ignore[arg-type]
+    new, rows = p.decay.new_empty, (t.num_rows, p.kv_heads)
+    d_decay, d_gain, d_m = new(rows), new(rows), None if unit is None else new(rows)
+    if d_decay.numel():
+        block_h = t.block_heads(p.kv_heads)
+        flags = {"BLOCK_L": t.chunk_size, "BLOCK_H": block_h}
+        arguments = (
+            crossing, *sides, unit, w.passing, *p.gates[4:], d_decay, d_gain, d_m, t.chunk_start, t.chunk_len,
+            t.num_rows, t.num_chunks, t.each, t.length, p.kv_heads, p.group, w.passing.shape[0],
+        )  # fmt: skip
+        launch(kb.d_gates, (-(-p.kv_heads // block_h) * t.num_chunks,), arguments, flags, num_warps=4)
+    return Gradients(d_q, d_k, d_v, d_decay, d_gain, d_m, w.last, w.last_n)  # type: ignore[arg-type]
+
+
+def run_outputs(p: Problem, w: Walk) -> tuple[Tensor, Tensor | None]:
+    """out [R, H, Dv] and what denominators are made of [R, H], from the states of a walk forward."""
+    t = p.table
     out = p.q.new_empty(t.num_rows, p.heads, p.width_v)
     den = p.decay.new_empty(t.num_rows, p.heads) if p.normalize else None
     if out.numel():
@@ -234,43 +293,10 @@ def forward(inputs: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
             *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *p.shape(), p.eps,
         )  # fmt: skip
         p.tiled(outputs, config, -(-p.width_v // p.columns(config)), p.heads, arguments)
-    return out, den, w.last, w.last_n
+    return out, den
 
 
-def backward(
-    inputs: tuple[Any, ...], den: Tensor | None, d_out: Tensor, d_S: Tensor | None, d_n: Tensor | None, gates: bool
-) -> Gradients:
-    """As `passes.backward`; None stands for the gradients of decay, gain and m unless `gates`."""
-    p = _Problem.of(inputs)
-    t = p.table
-    d_out = _rows(d_out, inputs[8])
-    states = _new_walk(p, False, p.k, p.v, p.S, p.n)
-    _go(p, states)
-    d_q, crossing, ratio, delta, unit = _d_queries(p, states, den, d_out, gates)
-    passing = p.decay.new_empty(_walk_tiles(p)[3], t.num_chunks, p.kv_heads) if gates else None
-    start, start_n = (None if x is None else x.contiguous() for x in (d_S, d_n))
-    more = {"ratio": ratio, "delta": delta, "other": states.states, "other_n": states.sums, "passing": passing}
-    w = _new_walk(p, True, p.q, d_out, start, start_n, **more)
-    if gates and w.states is not None and w.states.element_size() == 2:
-        w.rest = torch.empty_like(w.states)
-    _go(p, w)
-    d_k, d_v, sides = _d_keys_and_values(p, w, d_out, gates)
-    if passing is None:
-        return Gradients(d_q, d_k, d_v, None, None, None, w.last, w.last_n)  # type: ignore[arg-type]
-    new, rows = p.decay.new_empty, (t.num_rows, p.kv_heads)
-    d_decay, d_gain, d_m = new(rows), new(rows), None if unit is None else new(rows)
-    if d_decay.numel():
-        block_h = t.block_heads(p.kv_heads)
-        flags = {"BLOCK_L": t.chunk_size, "BLOCK_H": block_h}
-        arguments = (
-            crossing, *sides, unit, passing, *p.gates[4:], d_decay, d_gain, d_m, t.chunk_start, t.chunk_len,
-            t.num_rows, t.num_chunks, t.each, t.length, p.kv_heads, p.group, passing.shape[0],
-        )  # fmt: skip
-        launch(kb.d_gates, (-(-p.kv_heads // block_h) * t.num_chunks,), arguments, flags, num_warps=4)
-    return Gradients(d_q, d_k, d_v, d_decay, d_gain, d_m, w.last, w.last_n)  # type: ignore[arg-type]
-
-
-def _d_queries(p: _Problem, w: _Walk, den: Tensor | None, d_out: Tensor, gates: bool) -> tuple[Tensor, Any, Any, Any, Any]:
+def run_d_queries(p: Problem, w: Walk, den: Tensor | None, d_out: Tensor, gates: bool) -> tuple[Tensor, Any, Any, Any, Any]:
     """d_q, what crosses rows before them [H, R], and what the normaliser makes of gradients [H, R], see the kernel."""
     t = p.table
     d_q, crossing = p.q.new_empty(t.num_rows, p.heads, p.width), p.decay.new_empty(p.heads, t.num_rows) if gates else None
@@ -286,23 +312,30 @@ def _d_queries(p: _Problem, w: _Walk, den: Tensor | None, d_out: Tensor, gates: 
     return d_q, crossing, *factors
 
 
-def _d_keys_and_values(p: _Problem, w: _Walk, d_out: Tensor, gates: bool) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """d_k, d_v, and what goes from each row to later rows, to itself and to later chunks, [Hkv, R]."""
+def run_d_keys(p: Problem, w: Walk, d_out: Tensor, gates: bool) -> tuple[Tensor, tuple[Any, ...]]:
+    """d_k, and what goes from each row to later rows, to itself and to later chunks, [Hkv, R]; from a walk backward."""
     t = p.table
-    d_k, d_v = (p.q.new_empty(t.num_rows, *x.shape[2:]) for x in (p.k, p.v))
+    d_k = p.q.new_empty(t.num_rows, *p.k.shape[2:])
     sides = p.decay.new_empty(3, p.kv_heads, t.num_rows).unbind() if gates else (None, None, None)
     if d_k.numel():
-        strides = (*p.q.stride()[:3], *p.k.stride()[:3])
         arguments = (
             p.q, p.k, p.v, d_out, *p.gates, w.ratio, w.delta, w.states, w.rest, w.sums, d_k, *sides,
             t.chunk_start, t.chunk_len,
-            *strides, *p.v.stride()[:3], *d_out.stride()[:3], *p.shape(),
+            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *d_out.stride()[:3], *p.shape(),
         )  # fmt: skip
         p.tiled(kb.d_keys, p.config("d_keys"), 1, p.kv_heads, arguments)
+    return d_k, sides
+
+
+def run_d_values(p: Problem, w: Walk, d_out: Tensor) -> Tensor:
+    """d_v, from a walk backward."""
+    t = p.table
+    d_v = p.q.new_empty(t.num_rows, *p.v.shape[2:])
+    if d_v.numel():
         config = p.config("d_values")
         arguments = (
             p.q, p.k, d_out, *p.gates, w.ratio, w.states, d_v, t.chunk_start, t.chunk_len,
-            *strides, *d_out.stride()[:3], *p.shape(),
+            *p.q.stride()[:3], *p.k.stride()[:3], *d_out.stride()[:3], *p.shape(),
         )  # fmt: skip
         p.tiled(kb.d_values, config, -(-p.width_v // p.columns(config)), p.kv_heads, arguments)
-    return d_k, d_v, sides
+    return d_v
