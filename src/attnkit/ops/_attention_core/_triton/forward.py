@@ -5,6 +5,7 @@ import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
 from attnkit.ops._attention_core._triton.steps import (
+    LISTED,
     MOST_STEPS,
     PARTS,
     entmax_end,
@@ -35,7 +36,7 @@ def _visit(
 ):  # fmt: skip
     """The keys first .. first + BLOCK_N; MASKED: some lie at `limit` or beyond, or some rows do not see some.
 
-    Returns the state of the pass, and whether a later pass of entmax has to come back.
+    Returns the state of the pass, and where (`entmax_step`) a later pass of entmax has to come back.
     """
     k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
@@ -82,28 +83,56 @@ def _walk(
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _keep(tiles, kept, firsts, marks):
+    """Append to a list those of the LISTED tiles that a row (or a part of one) has marked; returns how long it is now."""
+    if len(marks.shape) == 2:
+        marks = tl.reduce(marks, 1, _either)
+    chosen = (tl.reduce(marks, 0, _either) >> tl.arange(0, LISTED)) & 1
+    tl.store(tiles + kept + tl.cumsum(chosen, 0) - chosen, firsts, mask=chosen > 0)
+    return kept + tl.sum(chosen)
+
+
+@triton.jit
 def _walk_live(
-    tiles, count, start, limit, b_q, o_pos, state, known, keys, rules,
+    tiles, count, start, limit, b_q, o_pos, state, known, keys, rules, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it, and
-    "sums" leaves it as it is."""
+    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it with
+    the last keys, near which maxima are found more often, and "two" leaves it as it is.
+
+    Threads mark tiles in bits, and talk about them after LISTED tiles only: at every tile it would cost as much as a product.
+    """
     kept = 0
+    o_tile = tl.arange(0, LISTED)
+    firsts = tl.zeros([LISTED], tl.int32)
+    if STEP == "max":
+        marks = tl.zeros([BLOCK_M], tl.int32)
+    else:
+        marks = tl.zeros([BLOCK_M, PARTS], tl.int32)
     for i in tl.range(0, count):
         if STEP == "max":
-            first = start + i * BLOCK_N
+            first = start + (count - 1 - i) * BLOCK_N
         else:
             first = tl.load(tiles + i)
         state, live = _visit(
             first, limit, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
-        if STEP != "sums":
-            tl.store(tiles + kept, first, mask=live)
-            kept += live.to(tl.int32)
-    return state, count if STEP == "sums" else kept
+        if STEP != "two":
+            place = tl.cast(i, tl.int32) % LISTED
+            marks |= tl.where(live, tl.cast(1, tl.int32) << place, 0)
+            firsts = tl.where(o_tile == place, first, firsts)
+            if (place == LISTED - 1) | (i == count - 1):
+                kept = _keep(tiles, kept, firsts, marks)
+                marks = tl.zeros_like(marks)
+    return state, count if STEP == "two" else kept
 
 
 @triton.jit
@@ -113,8 +142,16 @@ def _sweep(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one."""
+    """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one.
+
+    Entmax begins with the keys next to the rows: how high a maximum is known early decides how short the first list is.
+    """
     lo, head_end, body_end, hi = span
+    if STEP != "softmax":
+        state = _walk(
+            body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
     if WINDOW:
         state = _walk(
             lo, tl.minimum(head_end, hi), hi, b_q, o_pos, state, known, keys, rules,
@@ -128,13 +165,14 @@ def _sweep(
     else:
         state, count = _walk_live(
             tiles, count, head_end, hi, b_q, o_pos, state, known, keys, rules,
-            BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+            b_q.shape[0], BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # the next pass reads what this one has written
-    state = _walk(
-        body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
-    )  # fmt: skip
+    if STEP == "softmax":
+        state = _walk(
+            body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
     return state, count
 
 
@@ -191,14 +229,16 @@ def _entmax_rows(
     tau, low, high = entmax_start(m, state, factor)
     off = 1.0
     step = 1  # the last pass makes one, too
+    least = 0.0
     while ((off > TOLERANCE) | (step < n_refine)) & (step < MOST_STEPS):
-        sums, _ = _sweep(
-            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), tau, keys, rules,
+        sums, count = _sweep(
+            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), (tau, least), keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
         )  # fmt: skip
         tau, low, high, error = entmax_refine(tau, low, high, sums, factor, NORM)
         off = tl.max(tl.where(nothing, 0.0, error))
         step += 1
+        least = -1.0  # only the first tau is sure to be below the root
     tau = tl.where(nothing, float("inf"), tau)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     state, count = _sweep(

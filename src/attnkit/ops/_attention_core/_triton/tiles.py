@@ -137,13 +137,13 @@ def rows_near(q_pos, num_q, low, high, left, right, WINDOW: tl.constexpr):
 
 @triton.jit
 def _listed(p_list, key, mask, capacity):
-    """Which of the lists [n] of ascending keys, each after its length, hold one key; those behind the mask do not."""
+    """Which of the lists [n] of falling keys, each after its length, hold one key; those behind the mask do not."""
     low = tl.zeros(mask.shape, tl.int32)
     high = tl.load(p_list, mask=mask, other=0)
     while capacity > 0:  # a search by halves
         middle = (low + high) // 2
         open = low < high
-        below = open & (tl.load(p_list + 1 + middle, mask=open, other=0) < key)
+        below = open & (tl.load(p_list + 1 + middle, mask=open, other=0) > key)
         low = tl.where(below, middle + 1, low)
         high = tl.where(open & (below == 0), middle, high)
         capacity = capacity // 2
