@@ -284,7 +284,7 @@ def _walk_rows(
             )  # fmt: skip
     else:
         for i in tl.range(0, count):
-            # what a list holds is unknown to the compiler, and rows' constants are read several at a time where they are aligned
+            # the compiler does not know what a list holds, and reads constants of rows in pairs where they are aligned
             first = tl.multiple_of(tl.load(live + i), BLOCK_M)
             d_k, d_v, d_bias = _visit_rows(
                 first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,

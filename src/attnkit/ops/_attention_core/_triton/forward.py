@@ -200,15 +200,15 @@ def _softmax_rows(
 
 
 @triton.jit
-def _entmax_rows(
+def _entmax_tau(
     span, tiles, b_q, o_pos, n_refine, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs.
+    """tau but for one more step (+inf where nothing is seen).
 
-    tau is updated n_refine times at least, and until it is close. `tiles` (or None) is where the list of the tiles of keys in
-    the support goes, after their number.
+    It is updated n_refine - 1 times at least, and until it is close. `tiles` (or None) is where the list of the tiles of keys
+    that may be in the support goes, after their number.
     """
     factor = rules[1]
     # of sum(p), before two more steps that about square what is off
@@ -239,15 +239,45 @@ def _entmax_rows(
         off = tl.max(tl.where(nothing, 0.0, error))
         step += 1
         least = -1.0  # only the first tau is sure to be below the root
-    tau = tl.where(nothing, float("inf"), tau)
+    if tiles is not None:
+        tl.store(tiles - 1, count)
+    return tl.where(nothing, float("inf"), tau)
+
+
+@triton.jit
+def _entmax_rows(
+    span, tiles, room, b_q, o_pos, tau, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output rows, tau, and sum(u V) / sum(u), which the backward pass needs, from the tau of `_entmax_tau`; the list of
+    tiles, if there is one, keeps those in the support, and zeros up to its `room`: what leaves an operator has to repeat."""
+    zeros = tl.zeros([BLOCK_M, PARTS], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    count = 0
+    if tiles is not None:
+        count = tl.load(tiles - 1)
     state, count = _sweep(
         span, tiles, count, b_q, o_pos, (zeros, zeros, acc, acc), tau, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "out", NORM, EVEN, PRECISION,
     )  # fmt: skip
     if tiles is not None:
         tl.store(tiles - 1, count)
-    return entmax_end(tau, state, factor)
+        for behind in range(count, room, 128):
+            o_tile = behind + tl.arange(0, 128)
+            tl.store(tiles + o_tile, 0, mask=o_tile < room)
+    return entmax_end(tau, state, rules[1])
+
+
+@triton.jit
+def _write(acc, other, out, rest, p_row, m_row, width_v, BLOCK_DV: tl.constexpr, EVEN: tl.constexpr):
+    """Rows `acc` to out and, unless it is None, `other` to rest, at the rows p_row that m_row keeps."""
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_out = p_row[:, None] * width_v + o_dv[None, :]
+    m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
+    tl.store(out + p_out, acc.to(out.dtype.element_ty), mask=m_out)
+    if rest is not None:
+        tl.store(rest + p_out, other.to(rest.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -263,7 +293,9 @@ def fwd(
 ):  # fmt: skip
     """One tile of query rows of one head (or of the GROUP heads that share a key head), over one part of its keys.
 
-    With one of entmax's NORMs lse gets tau, in units of (alpha - 1) * score, and `rest` (or None) sum(u V) / sum(u).
+    With one of entmax's NORMs lse gets tau, in units of (alpha - 1) * score, and `rest` (or None) sum(u V) / sum(u). They take
+    two launches, the first of which has no `out` and only looks for tau: without sums of values in their registers more
+    programs share a multiprocessor, and the search is most of the work.
 
     Writes out [B, T, H, Dv] and the natural-log lse [B, T, H]; `rest` (or None) gets what rounding took from out. With SPLIT
     out has a dimension for the parts in front, each normalised over its own keys, and lse, [2, parts, B, T, H], gets their
@@ -279,7 +311,7 @@ def fwd(
     first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, TOKENS, ROWS)
     if first >= end:
         return
-    o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     o_t, o_h = o_m // GROUP, o_m % GROUP
     m_row = (o_t < TOKENS) & (first + o_t < end)
     o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_t, m_row, TOKENS, ROWS)
@@ -305,13 +337,25 @@ def fwd(
     keys = (k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs)
     rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
+    row = (part * batch + i_b) * num_q + step
+    p_row = row * heads + head + o_row * heads + o_h
     if ENTMAX:
         if tiles is not None:
             tiles += pid.to(tl.int64) * stride_tiles + 1
-        acc, m, other = _entmax_rows(
-            span, tiles, b_q, o_pos, n_refine, keys, rules,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
-        )  # fmt: skip
+        if out is None:
+            tau = _entmax_tau(
+                span, tiles, b_q, o_pos, n_refine, keys, rules,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+            tl.store(lse + p_row, tau, mask=m_row)
+        else:
+            tau = tl.load(lse + p_row, mask=m_row, other=float("inf"))
+            acc, tau, other = _entmax_rows(
+                span, tiles, stride_tiles - 1, b_q, o_pos, tau, keys, rules,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+            _write(acc, other, out, rest, p_row, m_row, width_v, BLOCK_DV, EVEN)
+            tl.store(lse + p_row, tau, mask=m_row)
     else:
         sink = None
         if sinks is not None:  # one more key, its value zero; counted in the first part
@@ -321,19 +365,7 @@ def fwd(
             span, b_q, o_pos, sink, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
-    row = (part * batch + i_b) * num_q + step
-    p_row = row * heads + head + o_row * heads + o_h
-    p_out = p_row[:, None] * width_v + o_dv[None, :]
-    m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
-    b_out = acc.to(out.dtype.element_ty)
-    tl.store(out + p_out, b_out, mask=m_out)
-    if ENTMAX:
-        tl.store(lse + p_row, m, mask=m_row)
-        if rest is not None:
-            tl.store(rest + p_out, other.to(rest.dtype.element_ty), mask=m_out)
-    else:
-        if rest is not None:
-            tl.store(rest + p_out, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=m_out)
+        _write(acc, acc - acc.to(out.dtype.element_ty).to(tl.float32), out, rest, p_row, m_row, width_v, BLOCK_DV, EVEN)
         if SPLIT:
             tl.store(lse + p_row, m, mask=m_row)
             tl.store(lse + tl.num_programs(1).to(tl.int64) * batch * num_q * heads + p_row, total, mask=m_row)
