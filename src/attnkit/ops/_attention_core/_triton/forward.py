@@ -337,9 +337,8 @@ def fwd(
     keys = (k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs)
     rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
-    row = (part * batch + i_b) * num_q + step
-    p_row = row * heads + head + o_row * heads + o_h
     if ENTMAX:
+        p_row = (i_b * num_q + step) * heads + head + o_row * heads + o_h
         if tiles is not None:
             tiles += pid.to(tl.int64) * stride_tiles + 1
         if out is None:
@@ -365,6 +364,7 @@ def fwd(
             span, b_q, o_pos, sink, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
+        p_row = ((part * batch + i_b) * num_q + step) * heads + head + o_row * heads + o_h
         _write(acc, acc - acc.to(out.dtype.element_ty).to(tl.float32), out, rest, p_row, m_row, width_v, BLOCK_DV, EVEN)
         if SPLIT:
             tl.store(lse + p_row, m, mask=m_row)

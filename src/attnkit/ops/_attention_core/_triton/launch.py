@@ -218,10 +218,13 @@ def lists_shape(p: Launch) -> tuple[int, int] | None:
 
 
 def _listed_config(p: Launch) -> Config:
-    """Of the backward pass where there are lists: the forward pass's tiles, on more warps where two sums fill registers."""
+    """Of the backward pass where there are lists: the forward pass's tiles. A warp takes 16 rows of a product, and with more
+    of them than that warps do the same work twice."""
     config = p.config("fwd")
-    wide = max(p.block_d, p.block_dv) > 64
-    return replace(config, num_warps=8, num_stages=min(config.num_stages, 2)) if wide else config
+    if max(p.block_d, p.block_dv) <= 64:
+        return config
+    warps = max(config.num_warps, min(8, config.block_m // 16))
+    return replace(config, num_warps=warps, num_stages=min(config.num_stages, 2))
 
 
 def _parts(programs: int, keys: int, block_n: int, device: torch.device) -> int:
