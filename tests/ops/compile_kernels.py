@@ -31,6 +31,7 @@ NEEDS = {
     "d_alphas": "ALPHAS",
     "slopes": "SLOPES",
     "sinks": "BIAS",
+    "out": "OUT",
     "rest": "BIAS",
     "key_bias": "BIAS",
     "d_bias": "BIAS",
@@ -40,7 +41,7 @@ NEEDS = {
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
-    "ENTMAX": False, "GATHERED": False, "SLOPES": False,
+    "ENTMAX": False, "GATHERED": False, "SLOPES": False, "OUT": True,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -51,6 +52,7 @@ VARIANTS = (
     ("bf16", PLAIN),
     ("bf16", PLAIN | {"NORM": "consistent"}),
     ("bf16", PLAIN | {"NORM": "entmax15", "ENTMAX": True}),
+    ("bf16", PLAIN | {"NORM": "entmax15", "OUT": False}),
     ("fp16", PLAIN | {"NORM": "sparsemax", "ROWS": "packed", "WINDOW": True}),
     ("bf16", PLAIN | {"NORM": "entmax", "SLOPES": True}),
     ("fp32", SMALL | {"NORM": "entmax", "SLOPES": True, "ROWS": "packed", "WINDOW": True, "SOFTCAP": True}),
@@ -135,7 +137,7 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     signature, constants = {}, {}
     pointers = POINTERS | STATES if "GATES" in flags else POINTERS
     for name in kernel.arg_names:
-        absent = name in NEEDS and not flags[NEEDS[name]]
+        absent = name in NEEDS and not flags.get(NEEDS[name], True)
         absent |= name in ABSENT.get(flags.get("GATES", ""), ())
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")

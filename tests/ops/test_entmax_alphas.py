@@ -119,7 +119,7 @@ def test_alphas_without_a_gradient_cost_none(monkeypatch: pytest.MonkeyPatch) ->
 def test_opcheck() -> None:
     q, k, v = (t.detach().requires_grad_() for t in _inputs(20, 20)[:3])
     alphas = torch.tensor(MIXED, device=DEVICE, requires_grad=True)
-    left = 12  # a window has no lists of tiles, whose ends nobody writes
+    left = 12
     args = (q, k, v, alphas, None, None, None, None, 0.25, left, 0, 2.0, 0.0, 2, True, True)
     opcheck(torch.ops.attnkit.entmax_attention_triton.default, args)
 

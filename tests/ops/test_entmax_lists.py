@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from attnkit import ops
 from attnkit._core.triton import interpreted
@@ -43,7 +44,7 @@ def test_lists_miss_nothing_of_the_support_and_leave_most_out(alpha: float) -> N
         behind = range(0, (row + 1) // config.block_n * config.block_n, config.block_n)  # what every row of the tile sees
         hit = {key for key in behind if (prob[head, row : row + config.block_m, key : key + config.block_n] > 1e-9).any()}
         assert hit <= set(firsts[:count]) <= set(behind)
-        assert sorted(firsts[:count]) == firsts[:count]
+        assert sorted(firsts[:count], reverse=True) == firsts[:count]
         listed, walked = listed + count, walked + len(behind)
     assert listed < walked / 2
 
@@ -81,3 +82,30 @@ def test_the_operator_hands_its_lists_to_the_backward_pass(monkeypatch: pytest.M
     (lists,) = seen
     assert lists is not None
     assert lists.shape[0] == HEADS * ROWS // 64
+
+
+def test_lists_longer_than_threads_gather_at_a_time() -> None:
+    """More tiles than a number has bits; the highest scores in the middle, the next at either end, nothing between."""
+    rows, keys = 32, 1500
+    q = torch.ones(1, rows, 1, 16, device=DEVICE)
+    score = torch.full((keys,), -9.0, device=DEVICE)
+    score[700:702], score[3], score[-40] = 2.0, 1.5, 1.6
+    k = (score / 16)[None, :, None, None].expand(1, keys, 1, 16) + 0.001 * torch.randn(1, keys, 1, 16, device=DEVICE)
+    v = torch.randn(1, keys, 1, 16, device=DEVICE)
+    p = _launch((q, k, v, None, None, None, None, None, 1.0, -1, -1, 0.0, 1.5, 2, False))
+    out, _, _ = launch.forward(p, torch.float32)
+    prob = ops.entmax(torch.einsum("bthd,bshd->bts", q.double(), k.double()), 1.5)
+    assert (out[:, :, 0] - prob @ v[:, :, 0].double()).abs().max() < 1e-5
+    assert p.tiles is not None
+    assert p.tiles.shape[1] > 33
+    size = p.config("fwd").block_n
+    wanted = [key // size * size for key in (keys - 40, 700, 3)]
+    for count, *firsts in p.tiles.tolist():
+        assert firsts == wanted + [0] * (len(firsts) - 3)
+        assert count == 3
+
+
+def test_opcheck() -> None:
+    q, k, v = (torch.randn(1, rows, 2, 16, device=DEVICE, requires_grad=True) for rows in (40, 130, 130))
+    args = (q, k, v, None, None, None, None, None, 0.5, -1, 0, 0.0, 1.5, 2, False, True)
+    opcheck(torch.ops.attnkit.entmax_attention_triton.default, args)

@@ -229,18 +229,21 @@ def _visit_rows(
 ):  # fmt: skip
     """Add what the rows first .. first + BLOCK_M contribute to d_k / scale, d_v and the bias's gradient.
 
-    Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys.
+    Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys, or lie at `end` or beyond.
     """
     b_k, b_v, b_bias, m_key = keys
     q, d_out, lse2, delta, q_pos, q_rows, stride_qt, stride_gt = rows
     scale, factor, left, right, softcap, width, width_v = rules
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_row = first + o_m < end
-    step, o_row = rows_at(q_rows, first, o_m, m_row, True)
-    b_q = load_tile(q + step * stride_qt, o_row, stride_qt, o_d, m_row, width, True, EVEN)
-    b_d_out = load_tile(d_out + step * stride_gt, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN)
-    b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
-    b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
+    step, o_row = rows_at(q_rows, first, o_m, m_row, MASKED)
+    b_q = load_tile(q + step * stride_qt, o_row, stride_qt, o_d, m_row, width, MASKED, EVEN)
+    b_d_out = load_tile(d_out + step * stride_gt, o_row, stride_gt, o_dv, m_row, width_v, MASKED, EVEN)
+    if MASKED:
+        b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
+        b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
+    else:
+        b_lse2, b_delta = tl.load(lse2 + first + o_m), tl.load(delta + first + o_m)
     s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
     if MASKED:
@@ -263,22 +266,28 @@ def _visit_rows(
 
 @triton.jit
 def _walk_rows(
-    start, stop, end, live, count, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+    start, stop, body, end, live, count, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows start, start + BLOCK_M ... below stop, or the `count` of them that are on the list `live`, if there is one."""
+    """The rows start, start + BLOCK_M ... below stop, with MASKED but for those of the body (first, size); or the `count` of
+    them that are on the list `live`, if there is one."""
     if live is None:
-        for first in tl.range(start, stop, BLOCK_M):
+        for step in tl.range(start, stop - body[1] if MASKED else stop, BLOCK_M):
+            first = step
+            if MASKED:
+                first += tl.where(step < body[0], 0, body[1])
             d_k, d_v, d_bias = _visit_rows(
                 first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
                 BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
             )  # fmt: skip
     else:
         for i in tl.range(0, count):
+            # the compiler does not know what a list holds, and reads constants of rows in pairs where they are aligned
+            first = tl.multiple_of(tl.load(live + i), BLOCK_M)
             d_k, d_v, d_bias = _visit_rows(
-                tl.load(live + i), end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+                first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
                 BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
             )  # fmt: skip
     return d_k, d_v, d_bias
@@ -323,6 +332,8 @@ def bwd_dkdv(
         lo, full_lo, full_hi, hi = rows_behind(q_pos, first, last, q_start, q_end, left, right, WINDOW)
     else:
         lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
+    if ROWS == "dense":
+        lo = lo // BLOCK_M * BLOCK_M
     i_b, kv_head = i_b.to(tl.int64), kv_head.to(tl.int64)
     row, o_row = rows_at(k_rows, first, o_n, m_key, True)
     b_k = load_tile(
@@ -344,8 +355,7 @@ def bwd_dkdv(
     per_part = kv_group // tl.num_programs(1)
     head = kv_head * kv_group + part * per_part
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_M, True)
-    if not WINDOW:
-        body_end = hi  # rows behind the end load as zeros with probability 0
+    body = (head_end, body_end - head_end)
     if live is not None:
         live += (part * tl.num_programs(0) + pid).to(tl.int64) * stride_live
     count = 0
@@ -365,18 +375,13 @@ def bwd_dkdv(
             )
             tl.debug_barrier()
         acc_k, acc_v, acc_b = _walk_rows(
-            lo, tl.minimum(head_end, hi), hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+            lo, hi, body, hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
             BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         acc_k, acc_v, acc_b = _walk_rows(
-            head_end, body_end, hi, live, count, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+            head_end, body_end, body, hi, live, count, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
             BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
-        if WINDOW:
-            acc_k, acc_v, acc_b = _walk_rows(
-                body_end, hi, hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
-                BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
-            )  # fmt: skip
 
     p_key = ((part * batch + i_b) * num_k + row) * kv_heads + kv_head + o_row * kv_heads
     tl.store(

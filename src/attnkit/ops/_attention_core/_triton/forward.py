@@ -5,6 +5,7 @@ import triton.language as tl
 
 from attnkit._core.triton.maths import LN2, LOG2E
 from attnkit.ops._attention_core._triton.steps import (
+    LISTED,
     MOST_STEPS,
     PARTS,
     entmax_end,
@@ -35,7 +36,7 @@ def _visit(
 ):  # fmt: skip
     """The keys first .. first + BLOCK_N; MASKED: some lie at `limit` or beyond, or some rows do not see some.
 
-    Returns the state of the pass, and whether a later pass of entmax has to come back.
+    Returns the state of the pass, and where (`entmax_step`) a later pass of entmax has to come back.
     """
     k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs = keys
     scale, factor, left, right, softcap, width, width_v = rules
@@ -82,28 +83,56 @@ def _walk(
 
 
 @triton.jit
+def _either(a, b):
+    return a | b
+
+
+@triton.jit
+def _keep(tiles, kept, firsts, marks):
+    """Append to a list those of the LISTED tiles that a row (or a part of one) has marked; returns how long it is now."""
+    if len(marks.shape) == 2:
+        marks = tl.reduce(marks, 1, _either)
+    chosen = (tl.reduce(marks, 0, _either) >> tl.arange(0, LISTED)) & 1
+    tl.store(tiles + kept + tl.cumsum(chosen, 0) - chosen, firsts, mask=chosen > 0)
+    return kept + tl.sum(chosen)
+
+
+@triton.jit
 def _walk_live(
-    tiles, count, start, limit, b_q, o_pos, state, known, keys, rules,
+    tiles, count, start, limit, b_q, o_pos, state, known, keys, rules, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it, and
-    "sums" leaves it as it is."""
+    """The `count` tiles of keys on a list, which keeps those that a later pass has to visit; the first pass begins it with
+    the last keys, near which maxima are found more often, and "two" leaves it as it is.
+
+    Threads mark tiles in bits, and talk about them after LISTED tiles only: at every tile it would cost as much as a product.
+    """
     kept = 0
+    o_tile = tl.arange(0, LISTED)
+    firsts = tl.zeros([LISTED], tl.int32)
+    if STEP == "max":
+        marks = tl.zeros([BLOCK_M], tl.int32)
+    else:
+        marks = tl.zeros([BLOCK_M, PARTS], tl.int32)
     for i in tl.range(0, count):
         if STEP == "max":
-            first = start + i * BLOCK_N
+            first = start + (count - 1 - i) * BLOCK_N
         else:
             first = tl.load(tiles + i)
         state, live = _visit(
             first, limit, b_q, o_pos, state, known, keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, False, False, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
-        if STEP != "sums":
-            tl.store(tiles + kept, first, mask=live)
-            kept += live.to(tl.int32)
-    return state, count if STEP == "sums" else kept
+        if STEP != "two":
+            place = tl.cast(i, tl.int32) % LISTED
+            marks |= tl.where(live, tl.cast(1, tl.int32) << place, 0)
+            firsts = tl.where(o_tile == place, first, firsts)
+            if (place == LISTED - 1) | (i == count - 1):
+                kept = _keep(tiles, kept, firsts, marks)
+                marks = tl.zeros_like(marks)
+    return state, count if STEP == "two" else kept
 
 
 @triton.jit
@@ -113,8 +142,16 @@ def _sweep(
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     STEP: tl.constexpr, NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one."""
+    """Every key that the tile sees, once: those at the ends of the span behind a mask, others by the list if there is one.
+
+    Entmax begins with the keys next to the rows: how high a maximum is known early decides how short the first list is.
+    """
     lo, head_end, body_end, hi = span
+    if STEP != "softmax":
+        state = _walk(
+            body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
     if WINDOW:
         state = _walk(
             lo, tl.minimum(head_end, hi), hi, b_q, o_pos, state, known, keys, rules,
@@ -128,13 +165,14 @@ def _sweep(
     else:
         state, count = _walk_live(
             tiles, count, head_end, hi, b_q, o_pos, state, known, keys, rules,
-            BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+            b_q.shape[0], BLOCK_N, BLOCK_D, BLOCK_DV, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()  # the next pass reads what this one has written
-    state = _walk(
-        body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
-        BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
-    )  # fmt: skip
+    if STEP == "softmax":
+        state = _walk(
+            body_end, hi, hi, b_q, o_pos, state, known, keys, rules,
+            BLOCK_N, BLOCK_D, BLOCK_DV, True, WINDOW, SOFTCAP, BIAS, STEP, NORM, EVEN, PRECISION,
+        )  # fmt: skip
     return state, count
 
 
@@ -162,15 +200,15 @@ def _softmax_rows(
 
 
 @triton.jit
-def _entmax_rows(
+def _entmax_tau(
     span, tiles, b_q, o_pos, n_refine, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Output rows, tau (+inf where nothing is seen), and sum(u V) / sum(u), which the backward pass needs.
+    """tau but for one more step (+inf where nothing is seen).
 
-    tau is updated n_refine times at least, and until it is close. `tiles` (or None) is where the list of the tiles of keys in
-    the support goes, after their number.
+    It is updated n_refine - 1 times at least, and until it is close. `tiles` (or None) is where the list of the tiles of keys
+    that may be in the support goes, after their number.
     """
     factor = rules[1]
     # of sum(p), before two more steps that about square what is off
@@ -191,23 +229,55 @@ def _entmax_rows(
     tau, low, high = entmax_start(m, state, factor)
     off = 1.0
     step = 1  # the last pass makes one, too
+    least = 0.0
     while ((off > TOLERANCE) | (step < n_refine)) & (step < MOST_STEPS):
-        sums, _ = _sweep(
-            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), tau, keys, rules,
+        sums, count = _sweep(
+            span, tiles, count, b_q, o_pos, (zeros, zeros, zeros), (tau, least), keys, rules,
             BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "sums", NORM, EVEN, PRECISION,
         )  # fmt: skip
         tau, low, high, error = entmax_refine(tau, low, high, sums, factor, NORM)
         off = tl.max(tl.where(nothing, 0.0, error))
         step += 1
-    tau = tl.where(nothing, float("inf"), tau)
+        least = -1.0  # only the first tau is sure to be below the root
+    if tiles is not None:
+        tl.store(tiles - 1, count)
+    return tl.where(nothing, float("inf"), tau)
+
+
+@triton.jit
+def _entmax_rows(
+    span, tiles, room, b_q, o_pos, tau, keys, rules, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output rows, tau, and sum(u V) / sum(u), which the backward pass needs, from the tau of `_entmax_tau`; the list of
+    tiles, if there is one, keeps those in the support, and zeros up to its `room`: what leaves an operator has to repeat."""
+    zeros = tl.zeros([BLOCK_M, PARTS], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    count = 0
+    if tiles is not None:
+        count = tl.load(tiles - 1)
     state, count = _sweep(
         span, tiles, count, b_q, o_pos, (zeros, zeros, acc, acc), tau, keys, rules,
         BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, "out", NORM, EVEN, PRECISION,
     )  # fmt: skip
     if tiles is not None:
         tl.store(tiles - 1, count)
-    return entmax_end(tau, state, factor)
+        for behind in range(count, room, 128):
+            o_tile = behind + tl.arange(0, 128)
+            tl.store(tiles + o_tile, 0, mask=o_tile < room)
+    return entmax_end(tau, state, rules[1])
+
+
+@triton.jit
+def _write(acc, other, out, rest, p_row, m_row, width_v, BLOCK_DV: tl.constexpr, EVEN: tl.constexpr):
+    """Rows `acc` to out and, unless it is None, `other` to rest, at the rows p_row that m_row keeps."""
+    o_dv = tl.arange(0, BLOCK_DV)
+    p_out = p_row[:, None] * width_v + o_dv[None, :]
+    m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
+    tl.store(out + p_out, acc.to(out.dtype.element_ty), mask=m_out)
+    if rest is not None:
+        tl.store(rest + p_out, other.to(rest.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -223,7 +293,9 @@ def fwd(
 ):  # fmt: skip
     """One tile of query rows of one head (or of the GROUP heads that share a key head), over one part of its keys.
 
-    With one of entmax's NORMs lse gets tau, in units of (alpha - 1) * score, and `rest` (or None) sum(u V) / sum(u).
+    With one of entmax's NORMs lse gets tau, in units of (alpha - 1) * score, and `rest` (or None) sum(u V) / sum(u). They take
+    two launches, the first of which has no `out` and only looks for tau: without sums of values in their registers more
+    programs share a multiprocessor, and the search is most of the work.
 
     Writes out [B, T, H, Dv] and the natural-log lse [B, T, H]; `rest` (or None) gets what rounding took from out. With SPLIT
     out has a dimension for the parts in front, each normalised over its own keys, and lse, [2, parts, B, T, H], gets their
@@ -239,7 +311,7 @@ def fwd(
     first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, TOKENS, ROWS)
     if first >= end:
         return
-    o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     o_t, o_h = o_m // GROUP, o_m % GROUP
     m_row = (o_t < TOKENS) & (first + o_t < end)
     o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_t, m_row, TOKENS, ROWS)
@@ -266,12 +338,23 @@ def fwd(
     rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
     ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
     if ENTMAX:
+        p_row = (i_b * num_q + step) * heads + head + o_row * heads + o_h
         if tiles is not None:
             tiles += pid.to(tl.int64) * stride_tiles + 1
-        acc, m, other = _entmax_rows(
-            span, tiles, b_q, o_pos, n_refine, keys, rules,
-            BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
-        )  # fmt: skip
+        if out is None:
+            tau = _entmax_tau(
+                span, tiles, b_q, o_pos, n_refine, keys, rules,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+            tl.store(lse + p_row, tau, mask=m_row)
+        else:
+            tau = tl.load(lse + p_row, mask=m_row, other=float("inf"))
+            acc, tau, other = _entmax_rows(
+                span, tiles, stride_tiles - 1, b_q, o_pos, tau, keys, rules,
+                BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+            _write(acc, other, out, rest, p_row, m_row, width_v, BLOCK_DV, EVEN)
+            tl.store(lse + p_row, tau, mask=m_row)
     else:
         sink = None
         if sinks is not None:  # one more key, its value zero; counted in the first part
@@ -281,19 +364,8 @@ def fwd(
             span, b_q, o_pos, sink, keys, rules,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
-    row = (part * batch + i_b) * num_q + step
-    p_row = row * heads + head + o_row * heads + o_h
-    p_out = p_row[:, None] * width_v + o_dv[None, :]
-    m_out = m_row[:, None] & (EVEN | (o_dv < width_v))[None, :]
-    b_out = acc.to(out.dtype.element_ty)
-    tl.store(out + p_out, b_out, mask=m_out)
-    if ENTMAX:
-        tl.store(lse + p_row, m, mask=m_row)
-        if rest is not None:
-            tl.store(rest + p_out, other.to(rest.dtype.element_ty), mask=m_out)
-    else:
-        if rest is not None:
-            tl.store(rest + p_out, (acc - b_out.to(tl.float32)).to(rest.dtype.element_ty), mask=m_out)
+        p_row = ((part * batch + i_b) * num_q + step) * heads + head + o_row * heads + o_h
+        _write(acc, acc - acc.to(out.dtype.element_ty).to(tl.float32), out, rest, p_row, m_row, width_v, BLOCK_DV, EVEN)
         if SPLIT:
             tl.store(lse + p_row, m, mask=m_row)
             tl.store(lse + tl.num_programs(1).to(tl.int64) * batch * num_q * heads + p_row, total, mask=m_row)

@@ -29,7 +29,7 @@ _UNBOUNDED = 1 << 30
 _TINY = 1e-30  # a scale of 0 would turn a masked score, -inf, into NaN
 _NORMS = {"off": "softmax", "delta": "consistent", "exact_delta": "consistent", "dynamic_max": "dynamic_max"}
 _DECODE_ROWS = 16
-_ENTMAX_REGISTERS = 168  # three programs of 128 threads on a multiprocessor instead of two: the forward pass is 1.15x faster
+_REGISTERS = {4: 128, 3: 168}  # of a thread, for so many programs of 128 threads on a multiprocessor
 _LISTED_WIDTH = 128
 _PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
 
@@ -102,8 +102,14 @@ class Launch:
         left, right = (_UNBOUNDED if side < 0 else side for side in (self.left, self.right))
         return (self.scale, left, right, self.softcap, self.width, self.width_v)
 
-    def launch(self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, **flags: Any) -> None:
-        """Run one of the kernels that walk over tiles, with the compile-time options that they share and `flags`."""
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], config: Config, registers: int = 0, **flags: Any
+    ) -> None:
+        """Run one of the kernels that walk over tiles, with the compile-time options that they share and `flags`.
+
+        Args:
+            registers: what a thread may have at most, 0 for the compiler's choice.
+        """
         if self.q_pos is None:
             rows = "dense" if self.cu_q is None else "packed"
         else:
@@ -125,9 +131,8 @@ class Launch:
         if self.q_rows is not None and kernel is not kb.bwd_dkdv:
             stages = 2 * stages - 1  # an index is fetched as long before its row as the row before its use
         options = {"num_warps": config.num_warps, "num_stages": stages}
-        capped = self.norm != "softmax" and kernel is kf.fwd and self.q.is_cuda and self.q.element_size() == 2
-        if capped and max(self.block_d, self.block_dv) <= 64:
-            options["maxnreg"] = _ENTMAX_REGISTERS
+        if registers:
+            options["maxnreg"] = registers
         launch(kernel, grid, arguments, shared | flags, **options)
 
     def keys_a_tile(self, block: int) -> int:
@@ -158,16 +163,18 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
         return out[0], lse.new_empty(shape[1:]), rest
     listed = lists_shape(p)
     p.tiles = None if listed is None else p.q.new_empty(listed, dtype=torch.int32)
-    arguments = (
-        p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos,
-        p.q_rows, p.k_rows, out, rest if parts == 1 else None, lse,
-        p.tiles, *p.strides(),
+    inputs = (p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.q_rows, p.k_rows)
+    others = (
+        lse, p.tiles, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.n_refine,
         0 if p.tiles is None else p.tiles.stride(0),
     )  # fmt: skip
     norm = _NORMS[p.stable] if p.norm == "softmax" else p.norm
-    flags = {"GROUP": group, "NORM": norm, "SPLIT": parts > 1}
-    p.launch(kf.fwd, (programs, parts), arguments, config, BLOCK_M=block_m, **flags)
+    flags = {"BLOCK_M": block_m, "GROUP": group, "NORM": norm, "SPLIT": parts > 1}
+    if p.norm != "softmax":
+        p.launch(kf.fwd, (programs, parts), (*inputs, None, None, *others), config, _registers(p, config, True), **flags)
+    results = (out, rest if parts == 1 else None)
+    p.launch(kf.fwd, (programs, parts), (*inputs, *results, *others), config, _registers(p, config, False), **flags)
     if parts == 1:
         return out[0], lse[0], rest
     whole, whole_lse = out.new_empty(out.shape[1:], dtype=out_dtype), torch.empty_like(lse[0, 0])
@@ -186,6 +193,18 @@ def _row_tiles(p: Launch) -> tuple[Config, int, int, int]:
     return config, block_m, group, p.num_tiles(p.num_q, block_m // group)
 
 
+def _registers(p: Launch, config: Config, search: bool) -> int:
+    """How many a thread of entmax's forward kernels may have, so that more programs hide each other's waits.
+
+    Three programs of width 64 instead of two made the forward pass 1.15x faster.
+    """
+    width = max(p.block_d, p.block_dv)
+    if p.norm == "softmax" or not p.q.is_cuda or p.q.element_size() != 2 or width > (128 if search else 64):
+        return 0
+    small = config.block_m * config.block_n <= 1024 * config.num_warps
+    return _REGISTERS[4 if search and small and width <= 64 else 3]
+
+
 def lists_shape(p: Launch) -> tuple[int, int] | None:
     """Of entmax's lists of tiles of keys: one for every tile of rows, after its length. None where no lists are made."""
     if p.norm == "softmax" or p.left >= 0 or p.cu_q is not None or p.q_pos is not None:
@@ -199,10 +218,13 @@ def lists_shape(p: Launch) -> tuple[int, int] | None:
 
 
 def _listed_config(p: Launch) -> Config:
-    """Of the backward pass where there are lists: the forward pass's tiles, on more warps where two sums fill registers."""
+    """Of the backward pass where there are lists: the forward pass's tiles. A warp takes 16 rows of a product, and with more
+    of them than that warps do the same work twice."""
     config = p.config("fwd")
-    wide = max(p.block_d, p.block_dv) > 64
-    return replace(config, num_warps=8, num_stages=min(config.num_stages, 2)) if wide else config
+    if max(p.block_d, p.block_dv) <= 64:
+        return config
+    warps = max(config.num_warps, min(8, config.block_m // 16))
+    return replace(config, num_warps=warps, num_stages=min(config.num_stages, 2))
 
 
 def _parts(programs: int, keys: int, block_n: int, device: torch.device) -> int:

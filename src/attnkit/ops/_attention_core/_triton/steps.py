@@ -11,6 +11,7 @@ import triton.language as tl
 from attnkit._core.triton.maths import LN2, LOG2E, rounded_to, tanh
 
 __all__ = [
+    "LISTED",
     "MOST_STEPS",
     "PARTS",
     "alpha_end",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 FAR, NEAR = tl.constexpr(0.8), tl.constexpr(0.4)  # below the maximum: where the search for tau begins
+LISTED = tl.constexpr(32)  # tiles of keys whose marks fit a number
 MOST_STEPS = tl.constexpr(13)  # of that search
 PARTS = tl.constexpr(8)  # of a row whose sums are kept apart, which spares threads from talking to each other
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
@@ -201,35 +203,35 @@ def entmax_step(t, c, v, state, known, factor, STEP: tl.constexpr, NORM: tl.cons
 
     "max"   (maximum,).
     "two"   sums of p and of u for tau = maximum - FAR, and for tau = maximum - NEAR; known: the maximum.
-    "sums"  sums of p, of u and of the support; known: tau.
+    "sums"  sums of p, of u and of the support; known: tau, and what the sum of u of a part has to be above to be live.
     "out"   sums of p, of u, of p V and of u V; known: tau.
 
-    Sums of rows are in PARTS. Also whether the tile may hold something of the support: a score less than 1 below the maximum
-    so far, or above tau; "sums" does not look.
+    Sums of rows are in PARTS. Also which rows ("max") or parts may hold something of the support in this tile: a score less
+    than 1 below the maximum so far, or above tau; "two" does not look.
     """
     if STEP == "max":
         top = tl.max(t, 1) * c
         m = tl.maximum(state[0], top)
-        return (m,), tl.max((top > m - 1).to(tl.int32), 0) > 0
+        return (m,), top > m - 1
     elif STEP == "two":
         p_far, u_far, p_near, u_near = state
-        top = tl.max(tl.max(_parts(t), 1) * c - known[:, None], 1)
         p, u = entmax_pair(t * c, known[:, None] - FAR, factor, NORM)
         p_far, u_far = p_far + tl.sum(_parts(p), 1), u_far + tl.sum(_parts(u), 1)
         p, u = entmax_pair(t * c, known[:, None] - NEAR, factor, NORM)
-        return (p_far, u_far, p_near + tl.sum(_parts(p), 1), u_near + tl.sum(_parts(u), 1)), tl.max(top, 0) > -1
+        return (p_far, u_far, p_near + tl.sum(_parts(p), 1), u_near + tl.sum(_parts(u), 1)), True
     elif STEP == "sums":
         p_sum, u_sum, support = state
-        p, u = entmax_pair(t * c, known[:, None], factor, NORM)
+        p, u = entmax_pair(t * c, known[0][:, None], factor, NORM)
+        own = tl.sum(_parts(u), 1)
         support += tl.sum(_parts(tl.where(u > 0, 1.0, 0.0)), 1)
-        return (p_sum + tl.sum(_parts(p), 1), u_sum + tl.sum(_parts(u), 1), support), True
+        return (p_sum + tl.sum(_parts(p), 1), u_sum + own, support), own > known[1]
     else:
         p_sum, u_sum, acc, other = state
         p, u = entmax_pair(t * c, known[:, None], factor, NORM)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         other = tl.dot(u.to(v.dtype), v, other, input_precision=PRECISION)
         own = tl.sum(_parts(p), 1)
-        return (p_sum + own, u_sum + tl.sum(_parts(u), 1), acc, other), tl.max(tl.max(own, 1), 0) > 0
+        return (p_sum + own, u_sum + tl.sum(_parts(u), 1), acc, other), own > 0
 
 
 @triton.jit

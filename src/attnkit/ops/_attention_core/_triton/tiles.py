@@ -137,13 +137,13 @@ def rows_near(q_pos, num_q, low, high, left, right, WINDOW: tl.constexpr):
 
 @triton.jit
 def _listed(p_list, key, mask, capacity):
-    """Which of the lists [n] of ascending keys, each after its length, hold one key; those behind the mask do not."""
+    """Which of the lists [n] of falling keys, each after its length, hold one key; those behind the mask do not."""
     low = tl.zeros(mask.shape, tl.int32)
     high = tl.load(p_list, mask=mask, other=0)
     while capacity > 0:  # a search by halves
         middle = (low + high) // 2
         open = low < high
-        below = open & (tl.load(p_list + 1 + middle, mask=open, other=0) < key)
+        below = open & (tl.load(p_list + 1 + middle, mask=open, other=0) > key)
         low = tl.where(below, middle + 1, low)
         high = tl.where(open & (below == 0), middle, high)
         capacity = capacity // 2
@@ -155,20 +155,19 @@ def _listed(p_list, key, mask, capacity):
 def live_rows(
     lists, stride, row_tiles, live, start, stop, key, shift, right, num_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Of the steps start, start + BLOCK_M ... below stop, write to `live` those with a tile of rows that has the keys from
-    `key` on in its list, or among those that its forward pass saw behind a mask; returns how many. The lists of the tiles of
-    rows lie in falling order. Steps need not begin where tiles do.
+    """Of the tiles of rows start, start + BLOCK_M ... below stop, write to `live` those that have the keys from `key` on in
+    their list, or among those that their forward pass saw behind a mask; returns how many. The lists of the tiles of rows lie
+    in falling order.
     """
     count = 0
     for chunk in range(0, tl.cdiv(stop - start, BLOCK_M), 128):
         row = start + (chunk + tl.arange(0, 128)) * BLOCK_M
         m_row = row < stop
         found = key + BLOCK_N > num_k  # the last keys, which are never on a list
-        for i in tl.static_range(2):
-            tile = tl.minimum((row + i * (BLOCK_M - 1)) // BLOCK_M, row_tiles - 1)
-            p_list = lists + (row_tiles - 1 - tile).to(tl.int64) * stride
-            found = found | _listed(p_list, key, m_row, num_k // BLOCK_N + 1)
-            found = found | (key >= (tile * BLOCK_M + shift + right + 1) // BLOCK_N * BLOCK_N)
+        tile = tl.minimum(row // BLOCK_M, row_tiles - 1)
+        p_list = lists + (row_tiles - 1 - tile).to(tl.int64) * stride
+        found = found | _listed(p_list, key, m_row, num_k // BLOCK_N + 1)
+        found = found | (key >= (tile * BLOCK_M + shift + right + 1) // BLOCK_N * BLOCK_N)
         found = (found & m_row).to(tl.int32)
         tl.store(live + count + tl.cumsum(found, 0) - found, row, mask=found > 0)
         count += tl.sum(found)
