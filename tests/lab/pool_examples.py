@@ -49,7 +49,7 @@ def interrupted() -> None:
 
 def load_and_tell() -> object:
     """What it takes to load `ToldStart`."""
-    print("starting", flush=True)
+    print("starting", os.getpid(), flush=True)
     time.sleep(60)
     return attempt
 
