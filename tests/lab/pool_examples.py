@@ -30,12 +30,6 @@ def pid(task: str) -> str:
     return str(os.getpid())
 
 
-def pid_in_a_while(task: int) -> str:
-    """In which process it ran, after a moment that gives the other one time to start."""
-    time.sleep(0.5 if task < 2 else 0.05)
-    return pid("")
-
-
 def interrupted() -> None:
     """Run a pool until Ctrl-C; print when to send it, and what is left of the processes."""
     starting = sys.argv[1] == "starting"
