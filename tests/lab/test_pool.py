@@ -71,8 +71,8 @@ def test_what_is_kin_stays_in_one_process_until_others_have_nothing_to_do() -> N
         return worker.task
 
     assert [take(first), take(second), take(first), take(second)] == [0, 10, 1, 11]
-    assert [take(second), take(first), take(second)] == [5, 2, 4], "it helps from the end"
-    assert [take(first)] == [3]
+    assert [take(second), take(first), take(second)] == [5, 2, 3], "it begins to help at the end"
+    assert [take(first)] == [4]
     assert not any(todo.values())
 
 
