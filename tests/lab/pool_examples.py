@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import sys
-import threading
 import time
 
 from attnkit.lab.pool import Pool
@@ -31,30 +30,32 @@ def pid(task: str) -> str:
     return str(os.getpid())
 
 
-def pid_in_a_while(task: int) -> str:
-    """In which process it ran, after a moment that gives the other one time to start."""
-    time.sleep(0.5 if task < 2 else 0.05)
-    return pid("")
-
-
 def interrupted() -> None:
     """Run a pool until Ctrl-C; print when to send it, and what is left of the processes."""
-    ready = threading.Event()
-
-    def tell() -> None:
-        while len(multiprocessing.active_children()) < 2:
-            time.sleep(0.001)
-        if sys.argv[1] == "working":
-            ready.wait()
-        print(sys.argv[1], flush=True)
-
-    threading.Thread(target=tell, daemon=True).start()
+    starting = sys.argv[1] == "starting"
     try:
-        with Pool.open(attempt, 2) as pool:
+        with Pool.open(ToldStart() if starting else attempt, 1 if starting else 2) as pool:
             for _ in pool.finished(["", "hang", "hang"]):
-                ready.set()
+                print(sys.argv[1], flush=True)
     except KeyboardInterrupt:
         print(f"interrupted, {len(multiprocessing.active_children())} left")
+
+
+def load_and_tell() -> object:
+    """What it takes to load `ToldStart`."""
+    print("starting", os.getpid(), flush=True)
+    time.sleep(60)
+    return attempt
+
+
+class ToldStart:
+    """An attempt whose process says when it is about to start, and does not get further."""
+
+    def __call__(self, task: str) -> str:
+        return task
+
+    def __reduce__(self) -> tuple[object, tuple[()]]:
+        return load_and_tell, ()
 
 
 def load_slowly() -> object:

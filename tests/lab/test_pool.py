@@ -4,14 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pool_examples import NoStart, SlowStart, attempt, pid, pid_in_a_while
+from pool_examples import NoStart, SlowStart, attempt, pid
 
 from attnkit._core.errors import BackendUnavailable
-from attnkit.lab.pool import Lost, Pool
+from attnkit.lab.pool import Lost, Pool, _Worker
 
 
 def test_every_attempt_gets_its_own_answer_whatever_happens_to_its_process() -> None:
@@ -60,18 +62,24 @@ def test_starting_a_process_does_not_count_against_its_attempts() -> None:
 
 
 def test_what_is_kin_stays_in_one_process_until_others_have_nothing_to_do() -> None:
-    kin = ["a", "b"] * 4 + ["a"] * 8
-    with Pool.open(pid_in_a_while, 2) as pool:
-        order, where = zip(*pool.finished(range(16), kin), strict=True)
-    of = dict(zip(order, where, strict=True))
-    first, second = of[0], of[1]
-    assert first != second
-    assert {of[index] for index in range(1, 8, 2)} == {second}
-    assert {of[index] for index in range(0, 8, 2)} == {first}
-    assert second in {of[index] for index in range(8, 16)}, "the other helps with what is left"
-    assert of[15] == second, "from its end"
-    assert sorted(order) == list(range(16))
-    assert order != tuple(range(16))
+    pool = Pool(pid, 2)
+    first, second = pool._workers = [_Worker(None, None, 0.0) for _ in range(2)]  # type: ignore[arg-type]
+    todo = {"a": deque(range(6)), "b": deque([10, 11])}
+
+    def take(worker: _Worker) -> int:
+        worker.task = pool._choose(worker, todo)
+        return worker.task
+
+    assert [take(first), take(second), take(first), take(second)] == [0, 10, 1, 11]
+    assert [take(second), take(first), take(second)] == [5, 2, 3], "it begins to help at the end"
+    assert [take(first)] == [4]
+    assert not any(todo.values())
+
+
+def test_tasks_that_are_kin_are_all_done_whoever_does_them() -> None:
+    tasks = [str(number) for number in range(9)]
+    with Pool.open(attempt, 2) as pool:
+        assert pool.run(tasks, ["a", "b", "a", "a", "c", "a", "b", "a", "a"]) == tasks
 
 
 def test_ctrl_c_ends_the_processes_and_is_for_the_one_that_asked_only() -> None:
@@ -88,7 +96,11 @@ def test_ctrl_c_ends_the_processes_and_is_for_the_one_that_asked_only() -> None:
             start_new_session=True,
         )
         assert process.stdout is not None
-        assert process.stdout.readline() == f"{moment}\n"
+        told, *worker = process.stdout.readline().split()
+        assert told == moment
+        for pid_of_worker in worker:
+            os.kill(int(pid_of_worker), signal.SIGINT)
+            time.sleep(1.0)  # in which it would die and be missed
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "interrupted, 0 left\n", "")
