@@ -134,7 +134,7 @@ def _call(dtype: torch.dtype, *, keys: int = 300, width: int = 64) -> dict[str, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_order_of_keys_is_that_of_float64(dtype: torch.dtype) -> None:
-    inputs = _call(dtype, keys=2000)
+    inputs = _call(dtype, keys=2000 if DEVICE == "cuda" else 500)  # the interpreter takes its time
     exact = ops.expected_attention_scores(**{name: t.double() for name, t in inputs.items()}, backend="reference")
     for backend in ("torch", "triton"):
         if backend == "triton" and DEVICE == "cpu" and dtype != torch.float32:
