@@ -105,6 +105,17 @@ def _add_values(
 
 
 @triton.jit
+def _where(table, first, o_n, m_n, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of tokens first + o_n, and their rows there; without a table all is one page."""
+    if table is None:
+        return tl.cast(0, tl.int64), tl.cast(first, tl.int64) + o_n
+    elif PAGE >= BLOCK_N:
+        return tl.load(table + first // PAGE).to(tl.int64), (first % PAGE + o_n).to(tl.int64)
+    else:
+        return tl.load(table + (first + o_n) // PAGE, mask=m_n, other=0).to(tl.int64), (o_n % PAGE).to(tl.int64)
+
+
+@triton.jit
 def _walk(
     start, stop, table, pool, token_parts, channel_parts, strides, q, q2, rules, o_d, o_v,
     BLOCK_N: tl.constexpr, CODE: tl.constexpr, HALVES: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -133,13 +144,7 @@ def _walk(
         offsets = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         m_n = first + o_n < stop
-        page, o_row = tl.cast(0, tl.int64), tl.cast(first, tl.int64) + o_n
-        if table is not None:
-            if PAGE >= BLOCK_N:
-                page, o_row = tl.load(table + first // PAGE).to(tl.int64), (first % PAGE + o_n).to(tl.int64)
-            else:
-                page = tl.load(table + (first + o_n) // PAGE, mask=m_n, other=0).to(tl.int64)
-                o_row = (o_n % PAGE).to(tl.int64)
+        page, o_row = _where(table, first, o_n, m_n, PAGE, BLOCK_N)
         o_token = page * PAGE + o_row
         m_see, worth, middle = m_n, 1.0, 0.0
         if bias is not None:
