@@ -15,6 +15,7 @@ from attnkit.ops._chunkwise_core._triton import gates, gradients, outputs, state
 from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
 from attnkit.ops.expected_attention._triton import kernels as expected
+from attnkit.ops.ragged_decode._triton import kernels as ragged
 
 # what a pointer of this name points to; "input" stands for the type of q
 POINTERS = {
@@ -130,6 +131,30 @@ EXPECTED_FLAGS: dict[str, Any] = {
     "LINEAR": True, "SQUARE": True, "SPLIT": True, "SCORED": True, "PRECISION": "ieee", "NORM": "l2", "GROUP": 4, "BLOCK_N": 64,
     "BLOCK_D": 64, "BLOCK_C": 64, "BLOCK_P": 256,
 }  # fmt: skip
+RAGGED_POINTERS = {
+    **dict.fromkeys(("table", "lengths", "tail_lengths"), "i32"),
+    **dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero"), "fp16"),
+    **dict.fromkeys(("q", "tail_keys", "tail_values", "out"), "input"),
+    **dict.fromkeys(("bias", "tail_bias", "sinks", "lse", "part_out", "part_max", "part_sum"), "fp32"),
+}
+ZEROS, SCALED, BIASED = ("key_zero", "value_zero"), ("key_scale", "value_scale"), ("bias", "tail_bias")
+RAGGED: dict[str, Any] = {
+    "BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_D": 64, "BLOCK_V": 64, "GROUP": 4, "CODE": "raw", "PAGE": 64, "SOFTCAP": False,
+    "EVEN": True, "PRECISION": "ieee",
+}  # fmt: skip
+# the type of q, flags, pointers that are absent
+RAGGED_VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("bf16", RAGGED | {"PAGE": 16}, (*ZEROS, *SCALED, *BIASED, "tail_keys", "tail_values", "tail_lengths")),
+    ("fp16", RAGGED | {"BLOCK_M": 64, "SOFTCAP": True, "EVEN": False}, (*ZEROS, *SCALED)),
+    ("bf16", RAGGED | {"CODE": "int8"}, BIASED),
+    ("fp16", RAGGED | {"CODE": "int8", "PAGE": 16, "BLOCK_N": 16, "EVEN": False}, ()),
+    ("bf16", RAGGED | {"CODE": "int4"}, BIASED),
+    ("fp16", RAGGED | {"CODE": "int4", "SOFTCAP": True}, ()),
+    ("bf16", RAGGED | {"CODE": "fp8"}, (*ZEROS, *BIASED)),
+    ("fp16", RAGGED | {"CODE": "fp8", "EVEN": False}, ZEROS),
+    ("fp32", RAGGED | {"CODE": "int4", "BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_V": 32}, BIASED),
+    ("fp32", RAGGED | {"CODE": "fp8", "BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_V": 32}, (*ZEROS, *BIASED)),
+)
 WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 
@@ -182,6 +207,21 @@ def _compile_expected(kernel: Any, dtype: str, changes: dict[str, Any], absent: 
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def _compile_ragged(kernel: Any, dtype: str, flags: dict[str, Any], absent: tuple[str, ...], capability: int) -> None:
+    signature, constants = {}, {}
+    pool = "u8" if flags.get("CODE", "raw") != "raw" else dtype
+    for name in kernel.arg_names:
+        if name in flags or name in absent:
+            signature[name], constants[name] = "constexpr", flags.get(name)
+        elif name in ("keys", "values"):
+            signature[name] = f"*{pool}"
+        elif name in RAGGED_POINTERS:
+            signature[name] = "*" + RAGGED_POINTERS[name].replace("input", dtype)
+        else:
+            signature[name] = "fp32" if name in ("scale", "softcap") else "i32"
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
 if __name__ == "__main__":
     count = 0
     for capability in (80, 90):
@@ -207,4 +247,9 @@ if __name__ == "__main__":
             for variant in EXPECTED:
                 _compile_expected(kernel, *variant, capability)
                 count += 1
+        for variant in RAGGED_VARIANTS:
+            _compile_ragged(ragged.decode, *variant, capability)
+            count += 1
+        _compile_ragged(ragged.combine, "bf16", {"BLOCK_P": 128, "BLOCK_V": 32}, ("sinks",), capability)
+        count += 1
     print(f"{count} variants compiled")

@@ -134,7 +134,7 @@ CASES = (
     _named("8 bits, pages of 16, tail, bias", _case(RAGGED, code="int8", tail=[[3, 0], [20, 7]], biased=True, queries=3)),
     _named("4 bits", _case([[100, 64], [0, 130]], page=64, code="int4", width=64)),
     _named("4 bits, width 80, values of 48, tail", _case(RAGGED, code="int4", width=80, width_v=48, tail=[[3, 0], [20, 7]])),
-    _named("fp8", _case([[100, 64], [0, 130]], page=64, code="fp8")),
+    _named("fp8", _case([[100, 64], [0, 130]], page=64, code="fp8", queries=9)),
     _named("fp8, pages of 32, tail, softcap", _case(RAGGED, page=32, code="fp8", tail=[[3, 0], [20, 7]], softcap=3.0)),
     _named("wide results", _case(RAGGED, out_dtype=torch.float32)),
     _named("no lse", _case(RAGGED, return_lse=False)),

@@ -19,7 +19,7 @@ class KVPages:
 
     Attributes:
         keys, values: [N, P, D] and [N, P, Dv], the pool of pages, P a power of two from 16 to 128. In q's dtype; or codes
-            (docs/operators.md): uint8 of 8 bits, uint8 of 4 bits as [N, P, D / 2] and [N, P, Dv / 2], or float8_e4m3fn.
+            (docs/ragged.md): uint8 of 8 bits, uint8 of 4 bits as [N, P, D / 2] and [N, P, Dv / 2], or float8_e4m3fn.
         table: [B, Hkv, M] int32, numbers of pages.
         lengths: [B, Hkv] int32, at most M * P.
         tail_keys, tail_values: [B, Hkv, L, D] and [B, Hkv, L, Dv] in q's dtype, or None.

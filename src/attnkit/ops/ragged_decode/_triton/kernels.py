@@ -13,6 +13,10 @@ from attnkit.ops.ragged_decode._triton.numbers import fractions, fractions4, hal
 
 __all__ = ["combine", "decode"]
 
+# Probabilities times what a fraction is worth: in float16 small ones would be lost where values are small, and ranges of values
+# above 65,504 / BOOST become infinite.
+BOOST = tl.constexpr(16.0)
+
 
 @triton.jit
 def _load(base, rows, o_col, m_row, width, EVEN: tl.constexpr):
@@ -76,59 +80,71 @@ def _key_scores(
 
 @triton.jit
 def _add_values(
-    p, fade, state, values, rows, m_row, worth, middle, o_v, width,
+    p, fade, acc, acc2, values, rows, m_row, worth, o_v, width,
     CODE: tl.constexpr, HALVES: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """The sums (acc, acc2, offset), faded, and p @ values added; `offset` is what every channel of a row has in common."""
-    acc, acc2, offset = state
+    """The sums acc, and acc2 of the second half, faded, and p @ values added; `worth` is the scale of each token."""
     b_v = _load(values, rows, o_v, m_row, width, EVEN)
     acc *= fade[:, None]
     if HALVES:
         acc2 *= fade[:, None]
     if CODE == "raw":
-        offset *= fade
         acc = tl.dot(p.to(dtype), b_v, acc=acc, input_precision=PRECISION)
         if HALVES:
             b_v = _load(values + width, rows, o_v, m_row, width, EVEN)
             acc2 = tl.dot(p.to(dtype), b_v, acc=acc2, input_precision=PRECISION)
     else:
-        if CODE == "fp8":
-            offset *= fade
-        else:
-            offset = offset * fade + tl.sum(p * (middle + worth * half_of(CODE))[None, :], 1)
-        b_p = (p * (worth * levels_of(CODE))[None, :]).to(dtype)
+        b_p = (p * (worth * (levels_of(CODE) * BOOST))[None, :]).to(dtype)
         if HALVES:
             low, high = fractions4(b_v, dtype)
             acc = tl.dot(b_p, low, acc=acc, input_precision=PRECISION)
             acc2 = tl.dot(b_p, high, acc=acc2, input_precision=PRECISION)
         else:
             acc = tl.dot(b_p, fractions(b_v, CODE, dtype), acc=acc, input_precision=PRECISION)
-    return acc, acc2, offset
+    return acc, acc2
+
+
+@triton.jit
+def _where(table, first, o_n, m_n, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The pages of tokens first + o_n, and their rows there; without a table all is one page."""
+    if table is None:
+        return tl.cast(0, tl.int64), tl.cast(first, tl.int64) + o_n
+    elif PAGE >= BLOCK_N:
+        return tl.load(table + first // PAGE).to(tl.int64), (first % PAGE + o_n).to(tl.int64)
+    else:
+        return tl.load(table + (first + o_n) // PAGE, mask=m_n, other=0).to(tl.int64), (o_n % PAGE).to(tl.int64)
 
 
 @triton.jit
 def _walk(
-    start, stop, table, pool, token_parts, channel_parts, strides, q, q2, state, rules, o_d, o_v,
+    start, stop, table, pool, token_parts, channel_parts, strides, q, q2, rules, o_d, o_v,
     BLOCK_N: tl.constexpr, CODE: tl.constexpr, HALVES: tl.constexpr, PAGE: tl.constexpr, SOFTCAP: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr, dtype: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tokens start .. stop of a head, in pages of PAGE tokens that `table` names, or one after the other where it is None."""
+    """Tokens start .. stop of a head, in pages of PAGE tokens that `table` names, or one after the other where it is None.
+
+    Returns the maxima of rows in base-2 logarithms, the sums of their probabilities, and of probabilities times values.
+    """
+    BLOCK_M: tl.constexpr = q.shape[0]
+    BLOCK_V: tl.constexpr = o_v.shape[0]
+    ZEROS: tl.constexpr = CODE == "int8" or CODE == "int4"
     keys, values = pool
     value_scale, value_zero, bias = token_parts
     key_scale, key_zero = channel_parts
     stride_kn, stride_kp, stride_vn, stride_vp, stride_kc = strides
     factor, softcap, width, width_v = rules
     o_n = tl.arange(0, BLOCK_N)
-    m, total, acc, acc2, offset = state
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, acc2 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if HALVES:
+        acc2 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    # added up token by token of a tile, and over tokens in the end: threads need not talk to each other in every tile
+    totals, offsets = tl.zeros([BLOCK_M, BLOCK_N], tl.float32), tl.zeros([BLOCK_M], tl.float32)
+    if ZEROS:
+        offsets = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         m_n = first + o_n < stop
-        page, o_row = tl.cast(0, tl.int64), tl.cast(first, tl.int64) + o_n
-        if table is not None:
-            if PAGE >= BLOCK_N:
-                page, o_row = tl.load(table + first // PAGE).to(tl.int64), (first % PAGE + o_n).to(tl.int64)
-            else:
-                page = tl.load(table + (first + o_n) // PAGE, mask=m_n, other=0).to(tl.int64)
-                o_row = (o_n % PAGE).to(tl.int64)
+        page, o_row = _where(table, first, o_n, m_n, PAGE, BLOCK_N)
         o_token = page * PAGE + o_row
         m_see, worth, middle = m_n, 1.0, 0.0
         if bias is not None:
@@ -136,8 +152,8 @@ def _walk(
             m_see = b_bias > float("-inf")
         if CODE != "raw":  # numbers this small are not fetched ahead by the compiler; here the products with keys hide them
             worth = tl.load(value_scale + o_token, mask=m_see, other=0.0).to(tl.float32)
-            if CODE != "fp8":
-                middle = tl.load(value_zero + o_token, mask=m_see, other=0.0).to(tl.float32)
+            if ZEROS:
+                middle = tl.load(value_zero + o_token, mask=m_see, other=0.0).to(tl.float32) + worth * half_of(CODE)
         s = _key_scores(
             q, q2, keys, page * stride_kn + o_row * stride_kp, m_n,
             key_scale, key_zero, page * stride_kc, o_d, width, CODE, HALVES, EVEN, PRECISION, dtype,
@@ -152,16 +168,25 @@ def _walk(
         m_new = tl.maximum(m, tl.max(t, 1))
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)
         p, fade = tl.exp2(t - shift[:, None]), tl.exp2(m - shift)
-        total = total * fade + tl.sum(p, 1)
+        totals = totals * fade[:, None] + p
+        if ZEROS:
+            offsets = offsets * fade[:, None] + p * middle[None, :]
         m = m_new
-        acc, acc2, offset = _add_values(
-            p, fade, (acc, acc2, offset), values, page * stride_vn + o_row * stride_vp, m_see,
-            worth, middle, o_v, width_v, CODE, HALVES, EVEN, PRECISION, dtype,
+        acc, acc2 = _add_values(
+            p, fade, acc, acc2, values, page * stride_vn + o_row * stride_vp, m_see,
+            worth, o_v, width_v, CODE, HALVES, EVEN, PRECISION, dtype,
         )  # fmt: skip
-    return m, total, acc, acc2, offset
+    if CODE != "raw":
+        acc, acc2 = acc * (1.0 / BOOST), acc2 * (1.0 / BOOST)
+    if ZEROS:  # what all channels of a row have in common
+        offset = tl.sum(offsets, 1)
+        acc += offset[:, None]
+        if HALVES:
+            acc2 += offset[:, None]
+    return m, tl.sum(totals, 1), acc, acc2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_pages", "most_tail", "page_parts"])  # they grow with the cache: one variant serves all
 def decode(
     q, keys, values, table, lengths, tail_keys, tail_values, tail_lengths,
     key_scale, key_zero, value_scale, value_zero, bias, tail_bias, part_out, part_max, part_sum,
@@ -181,11 +206,8 @@ def decode(
     head, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, h = head // kv_heads, head % kv_heads
     start, length = part * split, tl.load(lengths + head)
-    if tail_keys is not None:
-        if part >= page_parts:
-            start, length = (part - page_parts) * split, tl.load(tail_lengths + head)
-    elif part >= page_parts:
-        return
+    if tail_keys is not None and part >= page_parts:
+        start, length = (part - page_parts) * split, tl.load(tail_lengths + head)
     if start >= length:
         return
     stop = tl.minimum(start + split, length)
@@ -197,45 +219,39 @@ def decode(
     r_q = o_t.to(tl.int64) * stride_qt + o_h * stride_qh
     b_q = _load(q, r_q, o_d, m_m, width, EVEN)
     b_q2 = b_q
-    acc, acc2 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32), tl.zeros([BLOCK_M], tl.float32)
     if HALVES:
         b_q2 = _load(q + width, r_q, o_d, m_m, width, EVEN)
-        acc2 = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    nothing = tl.zeros([BLOCK_M], tl.float32)
-    state = (nothing + float("-inf"), nothing, acc, acc2, nothing)
     dtype: tl.constexpr = q.dtype.element_ty
-    if part < page_parts:
+    if tail_keys is None or part < page_parts:
         if CODE == "raw":
             factor, rows_q, rows_q2 = scale, b_q, b_q2
         else:  # scales of channels come with a factor of their own in each page
             factor, rows_q, rows_q2 = 1.0, b_q.to(tl.float32) * scale, b_q2.to(tl.float32) * scale
-        m, total, acc, acc2, offset = _walk(
+        m, total, acc, acc2 = _walk(
             start, stop, table + head * most_pages, (keys, values), (value_scale, value_zero, bias), (key_scale, key_zero),
-            (stride_kn, stride_kp, stride_vn, stride_vp, width * (2 if HALVES else 1)), rows_q, rows_q2, state,
+            (stride_kn, stride_kp, stride_vn, stride_vp, width * (2 if HALVES else 1)), rows_q, rows_q2,
             (factor, softcap, width, width_v), o_d, o_v,
             BLOCK_N, CODE, HALVES, PAGE, SOFTCAP, EVEN, PRECISION, dtype, None,
         )  # fmt: skip
     else:
-        m, total, acc, acc2, offset = state
-        if tail_keys is not None:
-            m, total, acc, acc2, offset = _walk(
-                start, stop, None, (tail_keys + b * stride_kb + h * stride_kh, tail_values + b * stride_vb + h * stride_vh),
-                (None, None, None if tail_bias is None else tail_bias + head * most_tail), (None, None),
-                (0, stride_kl, 0, stride_vl, 0), b_q, b_q2, state, (scale, softcap, width, width_v), o_d, o_v,
-                BLOCK_N, "raw", HALVES, PAGE, SOFTCAP, EVEN, PRECISION, dtype, 1,
-            )  # fmt: skip
+        m, total, acc, acc2 = _walk(
+            start, stop, None, (tail_keys + b * stride_kb + h * stride_kh, tail_values + b * stride_vb + h * stride_vh),
+            (None, None, None if tail_bias is None else tail_bias + head * most_tail), (None, None),
+            (0, stride_kl, 0, stride_vl, 0), b_q, b_q2, (scale, softcap, width, width_v), o_d, o_v,
+            BLOCK_N, "raw", HALVES, PAGE, SOFTCAP, EVEN, PRECISION, dtype, 1,
+        )  # fmt: skip
 
     row = part.to(tl.int64) * rows + (b * num_q + o_t) * (kv_heads * GROUP) + o_h
     tl.store(part_max + row, m, mask=m_m)
     tl.store(part_sum + row, total, mask=m_m)
     p_out = part_out + (row * (width_v * (2 if HALVES else 1)))[:, None] + o_v[None, :]
     m_out = m_m[:, None] & (EVEN | (o_v < width_v))[None, :]
-    tl.store(p_out, acc + offset[:, None], mask=m_out)
+    tl.store(p_out, acc, mask=m_out)
     if HALVES:
-        tl.store(p_out + width_v, acc2 + offset[:, None], mask=m_out)
+        tl.store(p_out + width_v, acc2, mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["page_parts"])
 def combine(
     part_out, part_max, part_sum, sinks, lengths, tail_lengths, out, lse,
     rows, num_q, heads, kv_heads, split, page_parts, width_v,

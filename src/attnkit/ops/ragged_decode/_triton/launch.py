@@ -14,13 +14,22 @@ MOST_ROWS = 64  # of a tile: queries times the heads that share a key head
 SPLITS = ((16_384, 256), (65_536, 512))
 LONGEST_SPLIT = 1024
 COMBINED = 32, 128  # columns and parts of a tile of `combine`
-# keys, warps and stages of a tile by what pages hold, bits of q and padded width, where no width is a limit
-_TILES = {
-    ("raw", 16): ((64, (128, 4, 3)), (128, (64, 4, 3)), (256, (32, 4, 3))),
-    ("raw", 32): ((64, (64, 4, 2)), (128, (32, 4, 2)), (256, (16, 4, 2))),
-    ("codes", 16): ((128, (64, 4, 4)), (256, (32, 4, 4))),
-    ("codes", 32): ((64, (64, 4, 2)), (128, (32, 4, 2)), (256, (16, 4, 2))),
+# by what pages hold, bits of q, and padded width up to which: keys of a tile, warps, stages, registers of a thread (0: any)
+TILES = {
+    ("raw", 16, 64): (128, 4, 3, 0),
+    ("raw", 16, 128): (64, 4, 3, 0),
+    ("raw", 16, 256): (32, 4, 3, 0),
+    ("raw", 32, 64): (64, 4, 2, 0),
+    ("raw", 32, 128): (32, 4, 2, 0),
+    ("raw", 32, 256): (16, 4, 2, 0),
+    ("codes", 16, 64): (64, 4, 4, 168),
+    ("codes", 16, 128): (64, 4, 4, 168),
+    ("codes", 16, 256): (32, 4, 4, 0),
+    ("codes", 32, 64): (64, 4, 2, 0),
+    ("codes", 32, 128): (32, 4, 2, 0),
+    ("codes", 32, 256): (16, 4, 2, 0),
 }
+LARGE_SUMS = 8192  # of a program's sums, elements: from there on eight warps share them
 
 
 def run(
@@ -40,9 +49,8 @@ def run(
     if rows == 0 or width_v == 0:
         return out, lse.fill_(-torch.inf)
     if parts:
-        _decode(
-            q, pages, lengths, tail_lengths, scale, softcap, part_out, part_max, part_sum, split, page_parts, row_tiles, block_m
-        )
+        sums = part_out, part_max, part_sum
+        _decode(q, pages, lengths, tail_lengths, scale, softcap, sums, (split, page_parts, row_tiles, block_m))
     columns = min(COMBINED[0], power_of_two(width_v, 16))
     flags = {"BLOCK_P": min(COMBINED[1], power_of_two(max(parts, 1))), "BLOCK_V": columns}
     arguments = (
@@ -54,10 +62,12 @@ def run(
 
 
 def _decode(
-    q: Tensor, pages: KVPages, lengths: Tensor, tail_lengths: Tensor | None, scale: float, softcap: float, part_out: Tensor,
-    part_max: Tensor, part_sum: Tensor, split: int, page_parts: int, row_tiles: int, block_m: int,
+    q: Tensor, pages: KVPages, lengths: Tensor, tail_lengths: Tensor | None, scale: float, softcap: float,
+    sums: tuple[Tensor, Tensor, Tensor], sizes: tuple[int, int, int, int],
 ) -> None:  # fmt: skip
-    """The parts."""
+    """Fill the sums of parts: outputs, maxima, weights. `sizes`: tokens of a part, parts of pages, row tiles, their rows."""
+    split, page_parts, row_tiles, block_m = sizes
+    parts, rows = sums[1].shape
     batch, num_q, heads, width = q.shape
     kv_heads, code = pages.table.shape[1], pages.code
     halves = 2 if code == "int4" else 1
@@ -71,20 +81,26 @@ def _decode(
     scales = (pages.key_scale, pages.key_zero, pages.value_scale, pages.value_zero, pages.bias)
     arguments = (
         q, keys, values, pages.table.contiguous(), lengths, tail_keys, tail_values, tail_lengths, *scales, tail_bias,
-        part_out, part_max, part_sum, *q.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *tail_strides,
-        part_max.shape[1], num_q, kv_heads, pages.table.shape[2], 0 if tail_bias is None else tail_bias.shape[2], split,
+        *sums, *q.stride()[:3], *keys.stride()[:2], *values.stride()[:2], *tail_strides,
+        rows, num_q, kv_heads, pages.table.shape[2], 0 if tail_bias is None else tail_bias.shape[2], split,
         page_parts, scale, softcap, *widths,
     )  # fmt: skip
-    block_n, warps, stages = _tiles("raw" if code == "raw" else "codes", q.element_size() * 8, max(blocks))
+    width_key = power_of_two(max(widths) * halves, 64)
+    block_n, warps, stages, registers = TILES["raw" if code == "raw" else "codes", q.element_size() * 8, width_key]
     if code != "raw":
         block_n = min(block_n, pages.page_size)  # scales of a page's channels are multiplied into the queries
+    # a page's number is fetched as long before its rows as the rows before their use
+    options = {"num_warps": warps, "num_stages": 2 * stages - 1}
+    if block_m * blocks[1] * halves > LARGE_SUMS:
+        options["num_warps"] = 8
+    elif registers and q.is_cuda:
+        options["maxnreg"] = registers
     flags = {
         "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": blocks[0], "BLOCK_V": blocks[1], "GROUP": heads // kv_heads,
         "CODE": code, "PAGE": pages.page_size, "SOFTCAP": softcap > 0, "EVEN": blocks == widths, "PRECISION": precision(),
     }  # fmt: skip
-    grid = (batch * kv_heads, part_max.shape[0], row_tiles)
-    stages = 2 * stages - 1  # a page's number is fetched as long before its rows as the rows before their use
-    launch(kernels.decode, grid, arguments, flags, num_warps=warps, num_stages=stages)
+    grid = (batch * kv_heads, parts, row_tiles)
+    launch(kernels.decode, grid, arguments, flags, **options)
 
 
 def _row_tiles(rows: int) -> tuple[int, int]:
@@ -97,12 +113,7 @@ def _parts(pages: KVPages, row_tiles: int) -> tuple[int, int, int]:
     """Tokens of a part, parts of the pages, and all of them; longer parts where many rows each have results of every part."""
     most = pages.table.shape[2] * pages.page_size
     tail = 0 if pages.tail_keys is None else pages.tail_keys.shape[2]
-    split = next((split for limit, split in SPLITS if max(most, tail) <= limit), LONGEST_SPLIT) * power_of_two(
-        max(row_tiles, 1)
-    )
+    split = next((split for limit, split in SPLITS if max(most, tail) <= limit), LONGEST_SPLIT)
+    split *= power_of_two(max(row_tiles, 1))
     page_parts = -(-most // split)
     return split, page_parts, page_parts + -(-tail // split)
-
-
-def _tiles(kind: str, bits: int, width: int) -> tuple[int, int, int]:
-    return next(tile for limit, tile in _TILES[kind, bits] if width <= limit)
