@@ -12,7 +12,7 @@ from attnkit.kv.context import ScoreContext
 __all__ = ["MUST_STAY", "Line", "must_stay", "standardised"]
 
 MUST_STAY = 2.0**100
-"""What `must_stay` gives: above every score, and a sum of a hundred million of them is finite."""
+"""What `must_stay` gives: above every score, and the sum of ten million of them is finite."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Line:
         index: [B, Hkv, S] int64, the stored token at each place; None where all stand in their places.
         lengths: [B, Hkv] int64, chosen tokens a head, or one number.
         size: S.
+        device: of the tokens.
     """
 
     index: Tensor | None
     lengths: Tensor | int
     size: int
+    device: torch.device
 
     @classmethod
     def of(cls, ctx: ScoreContext, mask: Tensor | None = None) -> Self:
@@ -35,22 +37,23 @@ class Line:
         size = ctx.stored.shape[2]
         mask = ctx.stored.real if mask is None else mask
         if mask is None:
-            return cls(None, size, size)
+            return cls(None, size, size, ctx.stored.keys.device)
         mask = mask.expand(ctx.stored.shape)
-        return cls((~mask).to(torch.int8).argsort(dim=-1, stable=True), mask.sum(-1), size)
+        return cls((~mask).to(torch.int8).argsort(dim=-1, stable=True), mask.sum(-1), size, mask.device)
 
     @cached_property
     def live(self) -> Tensor:
         """[B, Hkv, S] bool, or [1, 1, S]: the places that hold a token."""
         if isinstance(self.lengths, int):
-            return torch.ones(1, 1, self.size, dtype=torch.bool)
-        return torch.arange(self.size, device=self.lengths.device) < self.lengths[..., None]
+            return torch.ones(1, 1, self.size, dtype=torch.bool, device=self.device)
+        return torch.arange(self.size, device=self.device) < self.lengths[..., None]
 
-    def count(self, like: Tensor) -> Tensor:
-        """`lengths` as [B or 1, Hkv or 1, 1] in the dtype and on the device of `like`."""
+    @cached_property
+    def counts(self) -> Tensor:
+        """[B, Hkv, 1] int64, or [1, 1, 1]: `lengths`."""
         if isinstance(self.lengths, int):
-            return like.new_full((1, 1, 1), self.lengths)
-        return self.lengths[..., None].to(like)
+            return torch.full((1, 1, 1), self.lengths, device=self.device)
+        return self.lengths[..., None]
 
     def take(self, states: Tensor) -> Tensor:
         """States [B, Hkv, S, ...] in line, 0 where there is no token."""
@@ -65,9 +68,21 @@ class Line:
         return scores if self.index is None else torch.empty_like(scores).scatter_(-1, self.index, scores)
 
 
-def must_stay(scores: Tensor, mask: Tensor, ctx: ScoreContext) -> Tensor:
-    """`scores` with tokens where mask [B or 1, Hkv or 1, S] holds above all others; of them the newest are worth most."""
-    return torch.where(mask, MUST_STAY * (1 + ctx.rank * 2.0**-23), scores)
+def must_stay(scores: Tensor, ctx: ScoreContext, *, sink: int = 0, recent: int | Tensor = 0) -> Tensor:
+    """`scores` with the first `sink` and the last `recent` real tokens of each head above all others.
+
+    Where not even those can stay, sinks are worth more than recent tokens, and newer ones more than older ones.
+
+    Args:
+        scores: [B, Hkv, S] float32.
+        sink, recent: tokens; `recent` may be [B, Hkv, 1] int64.
+    """
+    rank = ctx.rank
+    worth = MUST_STAY * (1 + rank * 2.0**-23)
+    length = ctx.stored.length
+    end = length if isinstance(length, int) else length[..., None]
+    scores = torch.where(rank >= end - recent, worth, scores)
+    return torch.where(rank < sink, 2 * worth, scores)
 
 
 def standardised(scores: Tensor, mask: Tensor) -> Tensor:
