@@ -87,7 +87,8 @@ def _factor(gram: Tensor) -> Tensor:
     ridge = torch.stack(ridges)[..., None, None]
     factors, info = torch.linalg.cholesky_ex((gram + gram.mT) / 2 + ridge * eye)  # all at once: a loop would wait for the GPU
     first = (info == 0).to(torch.int8).argmax(0)[None, ..., None, None]
-    return factors.gather(0, first.expand(1, *gram.shape))[0]
+    chosen: Tensor = factors.gather(0, first.expand(1, *gram.shape))[0]
+    return chosen
 
 
 @scorer("non_causal_attention")
