@@ -1,6 +1,5 @@
 """What every registered method has to hold to, alone and in every wrapper."""
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -122,7 +121,7 @@ every_repeatable = pytest.mark.parametrize("spec", [spec for spec in SPECS if "q
 
 @pytest.mark.parametrize("spec", sorted(REFUSED))
 def test_what_does_not_go_together_is_refused(spec: str) -> None:
-    with pytest.raises(OptionError, match="use one of them|goes around"):
+    with pytest.raises(OptionError, match=r"use one of them|goes around"):
         build(spec)
 
 
