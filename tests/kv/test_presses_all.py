@@ -12,7 +12,7 @@ from attnkit._core.errors import OptionError
 from attnkit.kv.budgets import kept_of
 from attnkit.kv.context import ScoreContext, Stored
 from attnkit.kv.notes import Notes
-from attnkit.kv.press import Press, press
+from attnkit.kv.pressing import Press, press
 from attnkit.kv.registry import BASES, WRAPPERS
 from attnkit.kv.scorers import load
 from attnkit.kv.selectors import Kept
@@ -26,7 +26,7 @@ FILTERS = torch.randn(LAYERS, 1, 1, generator=torch.Generator().manual_seed(7))
 # options that make windows and blocks small enough for these rows; a method that cannot do without options has them here
 OPTIONS: dict[str, dict[str, Any]] = {
     "snapkv": {"window": 5},
-    "pyramidkv": {"window": 2, "beta": 3.0},
+    "pyramidkv": {"window": 3, "beta": 3.0},
     "lagkv": {"lag": 5},
     "non_causal_attention": {"chunk": 8},
     "compactor": {"chunk": 8, "sink": 3, "recent": 2},

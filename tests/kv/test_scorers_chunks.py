@@ -12,7 +12,7 @@ from torch import Tensor
 from attnkit._core.errors import OptionError
 from attnkit.kv import transforms
 from attnkit.kv.context import ScoreContext, Stored
-from attnkit.kv.press import Press, press
+from attnkit.kv.pressing import Press, press
 from attnkit.kv.scorers import attention as attention_scorers
 from attnkit.kv.scorers import load
 from attnkit.kv.selectors import Kept, gather

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from attnkit._core.errors import InputError, PolicyError, ShapeError
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import Line, must_stay
-from attnkit.kv.press import Press, press
+from attnkit.kv.pressing import Press, press
 from attnkit.kv.scorers import leverage, load
 from attnkit.kv.scorers.attention import ObservedAttention, SnapKV, Tova
 from attnkit.kv.scorers.keys import LagKV, QFilter

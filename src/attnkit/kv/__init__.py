@@ -1,10 +1,22 @@
-"""The key-value cache: layers that know which tokens they store, and the cache made of them."""
+"""The key-value cache: storage that may be thinned out, paged and quantised, and the presses that compress it."""
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["KVCache", "KVLayer"]
+__all__ = ["FP8", "Chain", "Codec", "IntN", "KVCache", "KVLayer", "Press", "Raw", "methods", "press", "pressing"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    names={"KVCache": "attnkit.kv.layers", "KVLayer": "attnkit.kv.layers"},
+    modules={"pressing": "attnkit.kv.pressing"},
+    names={
+        "FP8": "attnkit.kv.codecs",
+        "Chain": "attnkit.kv.pressing",
+        "Codec": "attnkit.kv.codecs",
+        "IntN": "attnkit.kv.codecs",
+        "KVCache": "attnkit.kv.cache",
+        "KVLayer": "attnkit.kv.layers",
+        "Press": "attnkit.kv.pressing",
+        "Raw": "attnkit.kv.codecs",
+        "methods": "attnkit.kv.pressing",
+        "press": "attnkit.kv.pressing",
+    },
 )

@@ -10,7 +10,7 @@ from attnkit._core.errors import OptionError
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.registry import wrapper
 
-__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Pyramid", "Uniform", "each", "kept_of"]
+__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Pyramid", "Uniform", "kept_of"]
 
 
 class Budget(Protocol):
@@ -38,11 +38,6 @@ def kept_of(lengths: int | Tensor, ratio: float) -> int | Tensor:
     if isinstance(lengths, int):
         return max(1, int(lengths * (1 - ratio))) if lengths else 0
     return torch.where(lengths > 0, (lengths.double() * (1 - ratio)).floor().long().clamp(min=1), 0)
-
-
-def each(kept: int | Tensor, scores: Tensor) -> Tensor:
-    """`kept` as [B, Hkv] int64."""
-    return torch.full(scores.shape[:2], kept, device=scores.device) if isinstance(kept, int) else kept
 
 
 @dataclass(frozen=True)
@@ -75,19 +70,24 @@ class HeadAdaptive:
     def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
         """[B, Hkv] int64, in sum what `kept` is."""
         del ctx
-        kept = each(kept, scores)
+        scores = scores.clamp(max=torch.finfo(torch.float32).max)  # infinity is for what a head is sure of
+        if isinstance(kept, int):  # no head has gaps
+            sure = scores.topk(min(max(1, int(kept * self.alpha)), kept), dim=-1).indices
+            guarded = scores.scatter(-1, sure, torch.inf).flatten(1)
+            head = guarded.topk(kept * scores.shape[1], dim=-1).indices // scores.shape[-1]
+            return torch.zeros_like(scores[..., 0], dtype=torch.long).scatter_add_(-1, head, torch.ones_like(head))
         size = scores.shape[-1]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
         safe = (kept.double() * self.alpha).long().clamp(min=1)[..., None]
-        finite = scores.clamp(max=torch.finfo(torch.float32).max)  # "must stay" comes after what a head is sure of
-        guarded = finite.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
+        guarded = scores.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
         flat = guarded.flatten(1)
         joint = flat.argsort(dim=-1, descending=True, stable=True)
         total = kept.sum(-1, keepdim=True)
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen.scatter_(-1, joint, torch.arange(flat.shape[-1], device=flat.device) < total)
-        return (chosen & (flat > -torch.inf)).unflatten(1, scores.shape[1:]).sum(-1)
+        counts: Tensor = (chosen & (flat > -torch.inf)).view(scores.shape).sum(-1)
+        return counts
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a press remembers of one layer between passes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from attnkit._core.errors import InputError, PolicyError
 from attnkit.kv.context import LayerCall, ScoreContext
 
 if TYPE_CHECKING:
-    from attnkit.kv.press import Press
+    from attnkit.kv.pressing import Press
 
 __all__ = ["Notes"]
 
@@ -51,8 +51,8 @@ class Notes:
             phase = "prefill" if call.seen >= (context or 0) else None
             if context is not None and call.seen > context:
                 raise InputError(
-                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that new_cache(context=...) was "
-                    f"told of; end a pass there"
+                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that "
+                    f"new_cache(context=...) was told of; end a pass there"
                 )
         self.whole = self.whole and call.first == 0
         limit = press.buffer if self.prefilled else _prefill_window(press)
@@ -94,7 +94,9 @@ class Notes:
             PolicyError: it needs all queries of the context, and they came in several passes.
         """
         if "queries" in press.needs and phase == "prefill" and not self.whole:
-            raise PolicyError(f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method")
+            raise PolicyError(
+                f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method"
+            )
         assert self.queries is not None
         assert self.positions is not None
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
@@ -115,6 +117,18 @@ class Notes:
             ratio=press.ratio,
             phase=phase,
         )
+
+    def copy(self) -> "Notes":
+        """A copy that shares no tensor that changes."""
+        return replace(self, moments=None if self.moments is None else self.moments.copy())
+
+    def forget(self, count: int) -> None:
+        """The newest `count` tokens are taken back: forget their queries."""
+        self.since = max(self.since - count, 0)
+        for name, dim in (("queries", 2), ("positions", 1), ("real", 1), ("hidden", 1)):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held.narrow(dim, 0, max(held.shape[dim] - count, 0)))
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select the rows of the batch."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnkit._core.errors import OptionError
 from attnkit.kv.context import ScoreContext, Stored
-from attnkit.kv.press import Press
+from attnkit.kv.pressing import Press
 from attnkit.kv.registry import base, wrapper
 from attnkit.kv.schedules import Every
 from attnkit.kv.scorers.attention import received

@@ -14,17 +14,22 @@ from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
 from attnkit.ops.entmax_attention.api import EntmaxAttentionResult, entmax_attention
 from attnkit.ops.entmax_attention.sparsity import attention_sparsity
+from attnkit.ops.expected_attention.api import expected_attention_scores
+from attnkit.ops.expected_attention.moments import future_query_moments
 from attnkit.ops.indexed.api import hash_sparse_attention, indexed_attention, qk_sparse_attention
 from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
 from attnkit.ops.merge import merge_partials
 from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
+from attnkit.ops.ragged_decode.api import ragged_decode_attention
+from attnkit.ops.ragged_decode.pages import KVPages
 from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
 
 __all__ = [
     "OPS",
     "ChunkLayout",
     "EntmaxAttentionResult",
+    "KVPages",
     "Occupancy",
     "RecurrentState",
     "attention",
@@ -34,7 +39,9 @@ __all__ = [
     "entmax_attention",
     "entmax_loss",
     "entmax_threshold",
+    "expected_attention_scores",
     "explain",
+    "future_query_moments",
     "hash_sparse_attention",
     "indexed_attention",
     "lightning_attention",
@@ -47,6 +54,7 @@ __all__ = [
     "occupancy",
     "qk_sparse_attention",
     "query_sparse_attention",
+    "ragged_decode_attention",
     "scalar_decay_attention",
     "scalar_decay_step",
     "sparsemax",
@@ -59,6 +67,7 @@ _SPECS = {
     "indexed.spec": ("indexed_attention", "qk_sparse_attention", "hash_sparse_attention"),
     "entmax.spec": ("entmax",),
     "entmax_attention.spec": ("entmax_attention",),
+    "expected_attention.spec": ("expected_attention_scores",),
     "mlstm.spec": ("mlstm",),
     "mlstm.step_spec": ("mlstm_step",),
     "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention", "scalar_decay_step"),

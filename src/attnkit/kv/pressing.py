@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from attnkit._core.errors import OptionError, PolicyError
+from attnkit.kv import scorers
 from attnkit.kv.budgets import Budget, Uniform
 from attnkit.kv.context import LayerCall, ScoreContext, Stored
 from attnkit.kv.notes import Notes
-from attnkit.kv.registry import build
+from attnkit.kv.registry import BASES, build
 from attnkit.kv.schedules import AfterPrefill, Schedule
 from attnkit.kv.selectors import Kept, Selector, TopK
 
-__all__ = ["Chain", "Press", "Scorer", "Transform", "press"]
+__all__ = ["Chain", "Press", "Scorer", "Transform", "methods", "press", "read"]
 
 
 class Scorer(Protocol):
@@ -75,7 +76,9 @@ class Press:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
-            raise OptionError(f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1")
+            raise OptionError(
+                f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1"
+            )
 
     @property
     def name(self) -> str:
@@ -108,7 +111,9 @@ class Press:
             layer.listener(call)
             return
         if layer.owner not in (None, self):
-            raise PolicyError(f"the cache was thinned out by {layer.owner}; {self.spec} needs a cache of its own, h.new_cache()")
+            raise PolicyError(
+                f"the cache was thinned out by {layer.owner}; {self.spec} needs a cache of its own, h.new_cache()"
+            )
         notes: Notes = layer.notes.setdefault(self, Notes())
         phase = notes.take(call, self)
         if phase is not None and self.schedule.due(phase=phase, since=notes.since):
@@ -247,22 +252,39 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     >>> press("adakv:expected_attention", ratio=0.5, alpha=0.1).name
     'adakv:expected_attention'
     """
-    from attnkit.kv import scorers
-
     scorers.load()
     parts = spec.split("+")
     if len(parts) == 1:
         return build(spec, ratio, options)
     if options:
-        raise OptionError(f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))")
+        raise OptionError(
+            f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))"
+        )
     return Chain(tuple(build(part, ratio, {}) for part in parts))
+
+
+def methods(*, ready: bool = False) -> tuple[str, ...]:
+    """The names of the base methods.
+
+    Args:
+        ready: only those that need no weights or other options, which are all that `press(name)` makes.
+    """
+    scorers.load()
+    return tuple(name for name in BASES if not ready or _makes(name))
+
+
+def _makes(name: str) -> bool:
+    try:
+        press(name)
+    except OptionError:
+        return False
+    return True
 
 
 def read(values: dict[str, Any]) -> Press | Chain:
     """Make what `to_dict` wrote."""
     values = dict(values)
     if "presses" in values:
-        return Chain(tuple(read(each) for each in values["presses"]))  # type: ignore[arg-type]
+        scorers.load()
+        return Chain(tuple(build(each.pop("name"), each.pop("ratio"), each) for each in map(dict, values["presses"])))
     return press(values.pop("name"), **values)
-
-
