@@ -70,6 +70,7 @@ _SPECS = {
     "expected_attention.spec": ("expected_attention_scores",),
     "mlstm.spec": ("mlstm",),
     "mlstm.step_spec": ("mlstm_step",),
+    "ragged_decode.spec": ("ragged_decode_attention",),
     "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention", "scalar_decay_step"),
 }
 
