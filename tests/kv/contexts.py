@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 from attnkit.inference.rope import RopeSpec
 from attnkit.kv.context import ScoreContext, Stored
+from attnkit.kv.moments import QueryMoments
 
 __all__ = ["WIDTH", "Attention", "attention", "context", "permuted", "rows"]
 
@@ -94,7 +95,9 @@ def context(
     padded = torch.stack([torch.cat([50 * torch.ones(size - len(row), WIDTH).to(row), row]) for row in hidden])
     index = torch.arange(size).expand(len(hidden), -1)
     real = index >= pads[:, None]
-    q, k, v = layer.heads_of(padded, (index - pads[:, None]).clamp(min=0))
+    turned = index - pads[:, None]
+    q, k, v = layer.heads_of(padded, turned)
+    sinks = 4 if phase == "prefill" else 0
     kept = size if queries is None else min(queries, size)
     some = bool((pads > 0).any())
     return ScoreContext(
@@ -102,7 +105,8 @@ def context(
         queries=q[:, :, size - kept :],
         query_positions=index[:1, size - kept :],
         query_real=real[:, size - kept :] if some else None,
-        moments=_moments(layer, q, index, real),
+        query_turned=turned[:, size - kept :],
+        moments=_moments(layer, q[:, :, size - kept :], turned[:, size - kept :], real[:, size - kept :], sinks),
         hidden=padded,
         seen=size,
         index=layer.index,
@@ -116,15 +120,19 @@ def context(
     )
 
 
-def _moments(layer: Attention, q: Tensor, index: Tensor, real: Tensor) -> Any:
-    return None
+def _moments(layer: Attention, q: Tensor, turned: Tensor, real: Tensor, sinks: int) -> QueryMoments:
+    moments = QueryMoments(sinks=sinks)
+    rotate = layer.rope.rotate
+    moments.update(q, positions=turned, rotate=lambda x, p: rotate(x.transpose(1, 2), p).transpose(1, 2), real=real)
+    return moments
 
 
 def permuted(ctx: ScoreContext, order: list[int]) -> ScoreContext:
     """The same layer with its key heads, and the query heads that go with them, in another order."""
     stored = ctx.stored
     groups = [head * ctx.groups + place for head in order for place in range(ctx.groups)]
-    module = copy.deepcopy(ctx.module)
+    module, moments = copy.deepcopy(ctx.module), copy.copy(ctx.moments)
+    moments.mean, moments.spread = moments.mean[:, groups], moments.spread[:, groups]
     for name, heads in (("q_proj", groups), ("k_proj", order), ("v_proj", order)):
         projection = getattr(module, name)
         projection.weight.data = projection.weight.unflatten(0, (len(heads), -1))[heads].flatten(0, 1)
@@ -133,5 +141,6 @@ def permuted(ctx: ScoreContext, order: list[int]) -> ScoreContext:
         ctx,
         stored=replace(stored, keys=stored.keys[:, order], values=stored.values[:, order]),
         queries=ctx.queries[:, groups],
+        moments=moments,
         module=module,
     )

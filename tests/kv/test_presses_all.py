@@ -1,11 +1,15 @@
 """What every registered method has to hold to, alone and in every wrapper."""
 
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contexts import Attention, attention, context, permuted, rows
+from safetensors.torch import save_file
 from torch import Tensor
 
 from attnkit._core.errors import OptionError
@@ -40,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cam": {"interval": 8, "target": 14, "targets": 3},
     "per_layer": {"ratios": (0.5,) * LAYERS},
 }
-SINKS = {"streaming_llm": 4, "lagkv": 4, "compactor": 3, "cur": 4}
+SINKS = {"streaming_llm": 4, "lagkv": 4, "compactor": 3, "cur": 4, "expected_attention": 4, "capkv": 4}
 # (spec) what does not go together, and says so
 REFUSED = {f"{outer}:think" for outer in ("chunk", "chunkkv", "entropy_chunkkv", "block", "merge", "cam", "rerotate")}
 REFUSED |= {f"block:{name}" for name in ("observed_attention", "non_causal_attention", "compactor")}
@@ -61,12 +65,23 @@ class Layer:
         self.result = (stored, kept)
 
 
-def build(spec: str, ratio: float = 0.5, *, kv_heads: int = 2, dim: int = 8) -> Press:
+@cache
+def stats(heads: int, dim: int) -> str:
+    """A file of moments, the same for all heads."""
+    path = Path(tempfile.mkdtemp()) / "stats.safetensors"
+    mean, root = FILTERS.expand(-1, heads, dim), torch.eye(dim).expand(LAYERS, heads, dim, dim)
+    save_file({"query_mean": mean.contiguous(), "query_cov": root.contiguous()}, path)
+    return str(path)
+
+
+def build(spec: str, ratio: float = 0.5, *, heads: int = 4, kv_heads: int = 2, dim: int = 8) -> Press:
     options: dict[str, Any] = {}
     for name in spec.split(":"):
         options |= OPTIONS.get(name, {})
     if spec.endswith("qfilter"):
         options["filters"] = FILTERS.expand(-1, kv_heads, dim).contiguous()
+    if spec.endswith("_stats"):
+        options["stats"] = stats(heads, dim)
     made = press(spec, ratio=ratio, **options)
     assert isinstance(made, Press)
     return made
@@ -201,7 +216,7 @@ def test_the_shortest_rows(spec: str, lengths: tuple[int, ...]) -> None:
 @every
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 6), (4, 2, 5), (4, 1, 7)])
 def test_grouped_heads_and_odd_widths(spec: str, heads: int, kv_heads: int, dim: int) -> None:
-    made = build(spec, kv_heads=kv_heads, dim=dim)
+    made = build(spec, heads=heads, kv_heads=kv_heads, dim=dim)
     layers = contexts(rows(33), attention(heads, kv_heads, dim), **phase(made))
     for ctx, (stored, kept) in zip(layers, decide(made, layers), strict=True):
         assert stored.keys.shape == ctx.stored.keys.shape

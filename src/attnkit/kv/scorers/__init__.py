@@ -5,7 +5,7 @@ import importlib
 
 __all__ = ["load"]
 
-_FILES = ("simple", "attention", "keys", "leverage")
+_FILES = ("simple", "attention", "keys", "leverage", "expected")
 
 
 @functools.cache
