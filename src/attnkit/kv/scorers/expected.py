@@ -160,13 +160,13 @@ class ExpectedAttentionStats(ExpectedAttention):
         expected = (ctx.layers, ctx.queries.shape[1], ctx.stored.keys.shape[-1])
         if tuple(mean.shape) != expected or tuple(cov.shape) != (*expected, expected[-1]):
             raise ShapeError(
-                f"stats have means of shape {tuple(mean.shape)} and covariances of {tuple(cov.shape)}; the model has {expected} "
-                f"(layers, query heads, width)"
+                f"stats has means of shape {tuple(mean.shape)} and covariances of {tuple(cov.shape)}; the model has "
+                f"{expected} (layers, query heads, width)"
             )
         rows, device = ctx.stored.shape[0], ctx.stored.keys.device
         own, spread = (part[ctx.index].to(device)[None] for part in (mean, cov))
-        cov = spread.expand(rows, -1, -1, -1).contiguous() if self.covariance else None
-        return self.of(ctx, own.expand(rows, -1, -1).contiguous(), cov)
+        around = spread.expand(rows, -1, -1, -1).contiguous() if self.covariance else None
+        return self.of(ctx, own.expand(rows, -1, -1).contiguous(), around)
 
 
 @scorer("capkv")
