@@ -78,6 +78,7 @@ def context(
     phase: str = "prefill",
     pad: int = 0,
     rope: bool = True,
+    sinks: int = 4,
 ) -> ScoreContext:
     """A layer that has just read these rows.
 
@@ -88,6 +89,7 @@ def context(
         queries: newest queries that were kept; None is all.
         pad: padding in front of every row beside that.
         rope: whether the context has the rotation.
+        sinks: first tokens of each row whose queries are not in the moments, in a prefill.
     """
     layer = layer or attention()
     size = max(len(row) for row in hidden) + pad
@@ -97,7 +99,6 @@ def context(
     real = index >= pads[:, None]
     turned = index - pads[:, None]
     q, k, v = layer.heads_of(padded, turned)
-    sinks = 4 if phase == "prefill" else 0
     kept = size if queries is None else min(queries, size)
     some = bool((pads > 0).any())
     return ScoreContext(
@@ -106,7 +107,9 @@ def context(
         query_positions=index[:1, size - kept :],
         query_real=real[:, size - kept :] if some else None,
         query_turned=turned[:, size - kept :],
-        moments=_moments(layer, q[:, :, size - kept :], turned[:, size - kept :], real[:, size - kept :], sinks),
+        moments=_moments(
+            layer, q[:, :, size - kept :], turned[:, size - kept :], real[:, size - kept :], sinks * (phase == "prefill")
+        ),
         hidden=padded,
         seen=size,
         index=layer.index,

@@ -179,7 +179,7 @@ def test_heads_in_another_order_keep_the_same(spec: str) -> None:
 
 
 @every
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 0.999])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.999])
 def test_counts_are_exact(spec: str, ratio: float) -> None:
     names = set(spec.split(":"))
     made = build(spec, ratio)
