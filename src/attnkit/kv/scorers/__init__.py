@@ -5,11 +5,13 @@ import importlib
 
 __all__ = ["load"]
 
-_FILES = ("simple",)
+_FILES = ("simple", "attention", "keys", "leverage", "expected")
 
 
 @functools.cache
 def load() -> None:
     """Register every method."""
+    for name in ("chunks", "transforms"):
+        importlib.import_module(f"attnkit.kv.{name}")
     for name in _FILES:
         importlib.import_module(f"attnkit.kv.scorers.{name}")
