@@ -3,7 +3,6 @@
 from attnkit._core.lazy import lazy_attributes
 
 __all__ = [
-    "CACHES",
     "CORRECTIONS",
     "NTK",
     "PI",
@@ -25,7 +24,6 @@ __all__ = [
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     names={
-        "CACHES": "attnkit.inference.policy",
         "CORRECTIONS": "attnkit.inference.policy",
         "NTK": "attnkit.inference.positions",
         "PI": "attnkit.inference.positions",

@@ -11,7 +11,7 @@ from attnkit.inference import compat
 from attnkit.inference.bridge import Bridge
 from attnkit.inference.policy import Policy, named
 from attnkit.inference.rope import RopeSpec
-from attnkit.kv.layers import KVCache
+from attnkit.kv.cache import KVCache
 
 __all__ = ["Applied", "apply"]
 
@@ -31,9 +31,13 @@ class Applied:
         self._config = config
         self._undo = undo
 
-    def new_cache(self) -> KVCache:
-        """An empty cache for `generate(past_key_values=...)` or a forward pass; with window policies its size is bounded."""
-        return KVCache(self._config)
+    def new_cache(self, **options: Any) -> KVCache:
+        """An empty cache for `generate(past_key_values=...)` or a forward pass; with window policies its size is bounded.
+
+        Args:
+            options: codec, page_size and context of `attnkit.kv.KVCache`.
+        """
+        return KVCache(self._config, **options)
 
     def undo(self) -> None:
         """Restore the attention implementation, rotary buffers, hooks and registries; a second call does nothing."""
@@ -66,11 +70,13 @@ def apply(model: Any, policy: Policy | str) -> Applied:
     text = compat.text_model(model)
     modules = compat.attention_modules(text)
     _check(text, modules, policy)
-    needs_rope = policy.position is not None or policy.prefill.needs_rotation
+    cache_needs: frozenset[str] = frozenset() if policy.cache is None else policy.cache.needs
+    turns = policy.prefill.needs_rotation or bool(cache_needs & {"rope", "moments"})
+    needs_rope = policy.position is not None or turns
     rope = RopeSpec.from_model(model) if needs_rope else None
     if rope is not None and policy.position is not None:
         rope = policy.position.rescale(rope)
-    if rope is not None and policy.prefill.needs_rotation:
+    if rope is not None and turns:
         rope.check_rotation()
     with ExitStack() as undo:
         _install(undo, text, modules, policy, rope)
@@ -105,6 +111,9 @@ def _install(undo: ExitStack, text: Any, modules: list[Any], policy: Policy, rop
     compat.register(name, bridge.attention, bridge.mask)
     undo.callback(text.register_forward_pre_hook(bridge.before, with_kwargs=True).remove)
     undo.callback(text.register_forward_hook(bridge.after, always_call=True).remove)
+    if policy.cache is not None and "hidden" in policy.cache.needs:
+        for module in modules:
+            undo.callback(module.register_forward_pre_hook(bridge.before_module, with_kwargs=True).remove)
     for config in {id(part.config): part.config for part in [text, *modules]}.values():
         undo.callback(compat.set_attention_name, config, compat.get_attention_name(config))
         compat.set_attention_name(config, name)

@@ -3,6 +3,7 @@
 import inspect
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from attnkit.inference.call import LayerCall, Padding
 from attnkit.inference.masks import Form
 from attnkit.inference.policy import Policy
 from attnkit.inference.rope import RopeSpec
+from attnkit.kv.cache import KVCache
 from attnkit.kv.layers import KVLayer
 
-__all__ = ["Bridge"]
+__all__ = ["Bridge", "PassDone"]
 
 
 class _Forward(threading.local):
@@ -27,6 +29,28 @@ class _Forward(threading.local):
         self.cache: Any = None
         self.forms: set[Form] = set()
         self.padding: Padding | None = None
+        self.hidden: Tensor | None = None
+        self.input_ids: Tensor | None = None
+        self.mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PassDone:
+    """What a cache method is told when all layers of a pass are done.
+
+    Attributes:
+        text: the text model; the policy is in force, so that the method may run it.
+        cache: the cache of the pass.
+        layers: its layers that keep positions.
+        input_ids: [B, T], or None where embeddings were given.
+        attention_mask: [B, seen], or None.
+    """
+
+    text: Any
+    cache: Any
+    layers: list[KVLayer]
+    input_ids: Tensor | None
+    attention_mask: Tensor | None
 
 
 class Bridge:
@@ -62,12 +86,37 @@ class Bridge:
             raise PolicyError(f"past_key_values: {reason}; pass h.new_cache() or a DynamicCache")
         if kwargs.get("output_attentions") or text.config.output_attentions:
             raise PolicyError("output_attentions=True asks for attention weights, which policies do not compute; switch it off")
-        self._forward.cache = cache
+        if self.policy.cache is not None and cache is not None and not isinstance(cache, KVCache):
+            raise PolicyError(f"past_key_values: a {type(cache).__name__} cannot be compressed; pass h.new_cache()")
+        forward = self._forward
+        forward.cache, forward.input_ids, forward.mask = cache, arguments.get("input_ids"), arguments.get("attention_mask")
+        for layer in self._kv_layers():
+            layer.served = True
 
     def after(self, text: Any, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook of the text model, called after exceptions too: let go of the cache."""
-        del text, args, output
-        self._forward.__init__()  # type: ignore[misc]
+        """Forward hook of the text model, called after exceptions too: tell the cache method, let go of the cache."""
+        del args
+        forward, layers = self._forward, self._kv_layers()
+        passed = PassDone(text, forward.cache, layers, forward.input_ids, forward.mask)
+        padding = forward.padding
+        forward.__init__()  # type: ignore[misc]
+        for layer in layers:
+            layer.served = False
+        if output is None or not layers:  # an exception is on its way
+            return
+        if self.policy.cache is not None and not any(layer.listener for layer in layers):
+            self.policy.cache.after_pass(passed)
+        for layer in layers:
+            layer.settle(padding)
+
+    def before_module(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of an attention module: remember what goes into it."""
+        del module
+        self._forward.hidden = args[0] if args else kwargs["hidden_states"]
+
+    def _kv_layers(self) -> list[KVLayer]:
+        cache = self._forward.cache
+        return cache.kv_layers if isinstance(cache, KVCache) else []
 
     def mask(
         self,
@@ -141,6 +190,8 @@ class Bridge:
             seen=seen,
             layer=layer,
             rope=self.rope,
+            module=module,
+            hidden=self._forward.hidden,
         )
         return self._attend(call), None
 
@@ -149,8 +200,11 @@ class Bridge:
             return call.dense()  # local layers keep their own window
         policy = self.policy
         out = policy.prefill.attend(call) if policy.correction is None else policy.correction.attend(call, policy.prefill)
-        if policy.cache is not None and call.layer is not None:
-            policy.cache.after(call)
+        if call.layer is not None:
+            if policy.cache is not None:
+                policy.cache.after(call)
+            if not any(notes.pending for notes in call.layer.notes.values()):
+                call.layer.settle(call.padding)
         return out
 
     def _check_form(self, form: Form) -> None:

@@ -46,7 +46,8 @@ class LayerCall:
 
     Attributes:
         q: [B, T, H, D], rotated, a view of the model's tensor, as are k and v.
-        k, v: [B, S, Hkv, D] and [B, S, Hkv, Dv], all stored keys including those of the T new tokens, which come last.
+        k, v: [B, S, Hkv, D] and [B, S, Hkv, Dv], all stored keys including those of the T new tokens, which come last; the
+            new ones alone where the layer is in pages.
         scale: of the scores; None means 1 / sqrt(D).
         causal: False in bidirectional models.
         window_size: the layer's own sliding window, None in full-attention layers.
@@ -56,6 +57,8 @@ class LayerCall:
         layer: the cache layer, where it knows positions and may drop keys; else None, and S equals `seen` in
             full-attention layers.
         rope: the rotary embedding in force, where the policy needs it.
+        module: the layer's attention module.
+        hidden: [B, T, width], what went into it, where the cache method needs it.
     """
 
     q: Tensor
@@ -70,6 +73,13 @@ class LayerCall:
     seen: int
     layer: "KVLayer | None"
     rope: RopeSpec | None
+    module: Any = None
+    hidden: Tensor | None = None
+
+    @property
+    def index(self) -> int:
+        """The layer's number."""
+        return int(self.module.layer_idx)
 
     @property
     def first(self) -> int:
@@ -99,6 +109,9 @@ class LayerCall:
 
     def dense(self) -> Tensor:
         """Every query sees every real key that the layer's own mask shows it; out [B, T, H, Dv]."""
+        if self.layer is not None and self.layer.pages is not None:
+            options = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks, "padding": self.padding}
+            return self.layer.attend(self.q, self.k, self.v, **options)
         out: Any = ops.attention(
             self.q,
             self.k,

@@ -1,7 +1,7 @@
 """What the methods of each kind offer, and the registries that know them by name."""
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from attnkit._core.registry import Registry
 from attnkit.inference.call import LayerCall
 from attnkit.inference.rope import RopeSpec
 
-__all__ = ["CACHES", "CORRECTIONS", "POSITIONS", "PREFILLS", "CachePolicy", "Correction", "Position", "Prefill"]
+__all__ = ["CORRECTIONS", "POSITIONS", "PREFILLS", "CachePolicy", "Correction", "Position", "Prefill"]
 
 
 class Prefill(Protocol):
@@ -57,22 +57,34 @@ class Correction(Protocol):
 
 
 class CachePolicy(Protocol):
-    """What happens to a layer's stored keys; registered in CACHES under its name.
+    """What happens to a layer's stored keys: a press of `attnkit.kv`.
 
     Attributes:
-        name: in CACHES.
         drops_keys: whether it removes keys from the cache.
+        needs: what it has to be given, see `attnkit.kv.pressing.Scorer`.
     """
 
-    name: ClassVar[str]
     drops_keys: ClassVar[bool]
 
-    def after(self, call: LayerCall) -> None:
-        """Called when the layer's attention is done; may call `call.layer.keep`."""
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # noqa: D102
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name and options as plain values."""
+        ...
+
+    def after(self, call: Any) -> None:
+        """Called with a `LayerCall` when the layer's attention is done; may compress `call.layer`."""
+        ...
+
+    def after_pass(self, passed: Any) -> None:
+        """Called with a `bridge.PassDone` when all layers are done."""
         ...
 
 
 PREFILLS: Registry[Callable[[], Prefill]] = Registry("prefill method")
 POSITIONS: Registry[Callable[[], Position]] = Registry("position method")
 CORRECTIONS: Registry[Callable[[], Correction]] = Registry("correction")
-CACHES: Registry[Callable[[], CachePolicy]] = Registry("cache method")

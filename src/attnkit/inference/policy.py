@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, cast
 
+from attnkit import kv
 from attnkit._core.errors import OptionError, PolicyError
 from attnkit._core.registry import Registry
 from attnkit.inference import positions as _positions
 from attnkit.inference import prefill as _prefill
 from attnkit.inference.methods import (
-    CACHES,
     CORRECTIONS,
     POSITIONS,
     PREFILLS,
@@ -21,14 +21,13 @@ from attnkit.inference.methods import (
     Prefill,
 )
 
-__all__ = ["CACHES", "CORRECTIONS", "POSITIONS", "PREFILLS", "Policy", "available", "named"]
+__all__ = ["CORRECTIONS", "POSITIONS", "PREFILLS", "Policy", "available", "named"]
 
 SCHEMA = "attnkit.policy/1"
 _SLOTS: dict[str, Registry[Callable[[], Any]]] = {
     "prefill": cast("Registry[Callable[[], Any]]", PREFILLS),
     "position": cast("Registry[Callable[[], Any]]", POSITIONS),
     "correction": cast("Registry[Callable[[], Any]]", CORRECTIONS),
-    "cache": cast("Registry[Callable[[], Any]]", CACHES),
 }
 _FILLED = (_positions, _prefill)  # importing them registers their methods
 
@@ -41,7 +40,7 @@ class Policy:
         prefill: what each query sees, "dense" or "window" or an object with its options, `Window(window=512)`.
         position: how positions rotate, "pi", "ntk", "yarn" or an object; None leaves them as they are.
         correction: what repairs a sparse prefill; None is none.
-        cache: what happens to stored keys; None keeps them.
+        cache: what happens to stored keys, "snapkv" or what `attnkit.kv.press("snapkv", ratio=0.7)` returns; None keeps them.
     Raises:
         OptionError: an unknown name.
         PolicyError: an object that is not registered as a method of its kind, or methods that exclude each other; the
@@ -66,7 +65,7 @@ class Policy:
     ) -> None:
         given = {"prefill": prefill, "position": position, "correction": correction, "cache": cache}
         for slot, method in given.items():
-            object.__setattr__(self, slot, _resolve(slot, method))
+            object.__setattr__(self, slot, _press(method) if slot == "cache" else _resolve(slot, method))
         for rule, broken in _RULES.items():
             if broken(self):
                 raise PolicyError(f"{self} breaks a rule of composition: {rule}")
@@ -77,6 +76,7 @@ class Policy:
         return {
             "schema": SCHEMA,
             **{slot: None if m is None else {"name": m.name, **dataclasses.asdict(m)} for slot, m in methods.items()},
+            "cache": None if self.cache is None else self.cache.to_dict(),
         }
 
     @classmethod
@@ -88,10 +88,12 @@ class Policy:
         """
         if values.get("schema") != SCHEMA:
             raise OptionError(f"schema={values.get('schema')!r} is not a policy of this version; expected {SCHEMA!r}")
-        unknown = sorted(set(values) - {"schema", *_SLOTS})
+        unknown = sorted(set(values) - {"schema", "cache", *_SLOTS})
         if unknown:
-            raise OptionError(f"a policy has no {unknown[0]!r}; it has {', '.join(_SLOTS)}")
+            raise OptionError(f"a policy has no {unknown[0]!r}; it has {', '.join(_SLOTS)}, cache")
         methods = {slot: _read(slot, values[slot]) for slot in _SLOTS if values.get(slot) is not None}
+        if values.get("cache") is not None:
+            methods["cache"] = kv.pressing.read(values["cache"])
         return cls(**methods)
 
 
@@ -116,15 +118,30 @@ def named(name: str) -> Policy:
     Raises:
         OptionError: no such method; the message lists the names.
     """
-    return _by_name()[name]()
+    return _named(name)
+
+
+def _named(name: str) -> Policy:
+    composed = ":" in name or "+" in name  # of cache methods
+    return Policy(cache=name) if composed else _by_name()[name]()
 
 
 def _by_name() -> Registry[Callable[[], Policy]]:
     names: Registry[Callable[[], Policy]] = Registry("policy")
-    for slot in ("prefill", "position", "cache"):  # a correction needs something to correct
+    for slot in ("prefill", "position"):  # a correction needs something to correct
         for name in _SLOTS[slot]:
             names.register(name, partial(Policy, **{slot: name}))
+    for name in kv.methods():
+        names.register(name, partial(Policy, cache=name))
     return names
+
+
+def _press(method: Any) -> Any:
+    if isinstance(method, str):
+        return kv.press(method)
+    if method is None or isinstance(method, (kv.Press, kv.Chain)):
+        return method
+    raise PolicyError(f"cache={method!r} is not a press; make one with attnkit.kv.press(name, ratio=...)")
 
 
 def _resolve(slot: str, method: Any) -> Any:

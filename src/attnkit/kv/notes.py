@@ -1,7 +1,7 @@
 """What a press remembers of one layer between passes."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from attnkit._core.errors import InputError, PolicyError
 from attnkit.kv.context import LayerCall, ScoreContext
 
 if TYPE_CHECKING:
-    from attnkit.kv.press import Press
+    from attnkit.kv.pressing import Press
 
 __all__ = ["Notes"]
 
@@ -115,6 +115,18 @@ class Notes:
             ratio=press.ratio,
             phase=phase,
         )
+
+    def copy(self) -> "Notes":
+        """A copy that shares no tensor that changes."""
+        return replace(self, moments=None if self.moments is None else self.moments.copy())
+
+    def forget(self, count: int) -> None:
+        """The newest `count` tokens are taken back: forget their queries."""
+        self.since = max(self.since - count, 0)
+        for name, dim in (("queries", 2), ("positions", 1), ("real", 1), ("hidden", 1)):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held.narrow(dim, 0, max(held.shape[dim] - count, 0)))
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select the rows of the batch."""

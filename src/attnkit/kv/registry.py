@@ -13,7 +13,7 @@ from attnkit._core.errors import OptionError
 from attnkit._core.registry import Registry
 
 if TYPE_CHECKING:
-    from attnkit.kv.press import Press
+    from attnkit.kv.pressing import Press
 
 __all__ = ["ALIASES", "BASES", "WRAPPERS", "base", "build", "scorer", "wrapper"]
 
@@ -41,7 +41,7 @@ class _OfScorer:
         return self.scorer.__doc__
 
     def __call__(self, **options: Any) -> "Press":
-        from attnkit.kv.press import Press
+        from attnkit.kv.pressing import Press
 
         return Press(scorer=self.scorer(**options))
 

@@ -19,12 +19,15 @@ from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
 from attnkit.ops.merge import merge_partials
 from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
+from attnkit.ops.ragged_decode.api import ragged_decode_attention
+from attnkit.ops.ragged_decode.pages import KVPages
 from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
 
 __all__ = [
     "OPS",
     "ChunkLayout",
     "EntmaxAttentionResult",
+    "KVPages",
     "Occupancy",
     "RecurrentState",
     "attention",
@@ -47,6 +50,7 @@ __all__ = [
     "occupancy",
     "qk_sparse_attention",
     "query_sparse_attention",
+    "ragged_decode_attention",
     "scalar_decay_attention",
     "scalar_decay_step",
     "sparsemax",

@@ -10,11 +10,11 @@ from attnkit._core.errors import OptionError, PolicyError
 from attnkit.kv.budgets import Budget, Uniform
 from attnkit.kv.context import LayerCall, ScoreContext, Stored
 from attnkit.kv.notes import Notes
-from attnkit.kv.registry import build
+from attnkit.kv.registry import BASES, build
 from attnkit.kv.schedules import AfterPrefill, Schedule
 from attnkit.kv.selectors import Kept, Selector, TopK
 
-__all__ = ["Chain", "Press", "Scorer", "Transform", "press"]
+__all__ = ["Chain", "Press", "Scorer", "Transform", "methods", "press", "read"]
 
 
 class Scorer(Protocol):
@@ -256,6 +256,14 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     if options:
         raise OptionError(f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))")
     return Chain(tuple(build(part, ratio, {}) for part in parts))
+
+
+def methods() -> tuple[str, ...]:
+    """The names of the base methods."""
+    from attnkit.kv import scorers
+
+    scorers.load()
+    return tuple(BASES)
 
 
 def read(values: dict[str, Any]) -> Press | Chain:
