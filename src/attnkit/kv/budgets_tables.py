@@ -1,7 +1,6 @@
 """Budgets that were worked out beforehand, and budgets that follow from a threshold."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,9 +8,7 @@ from torch import Tensor
 from attnkit._core.errors import OptionError, ShapeError
 from attnkit.kv.budgets import each
 from attnkit.kv.context import ScoreContext
-from attnkit.kv.registry import wrapper
-from attnkit.kv.scorers.protect import Protected
-from attnkit.kv.weights import required, table
+from attnkit.kv.weights import table
 
 __all__ = ["Curves", "PrefillAndEvery", "Threshold"]
 
@@ -43,10 +40,8 @@ class Curves:
                 f"{self.path} has shape {tuple(curves.shape)}; this model needs [99, {ctx.layers}, {scores.shape[1]}]"
             )
         length = each(ctx.stored.length, scores).double()
-        if ctx.phase == "prefill":
-            ratio = torch.full_like(length, ctx.ratio)
-        else:  # the schedule asks for a length
-            ratio = 1 - each(kept, scores) / length.clamp(min=1)
+        asked = 1 - each(kept, scores) / length.clamp(min=1)  # while decoding the schedule asks for a length
+        ratio = torch.full_like(length, ctx.ratio) if ctx.phase == "prefill" else asked
         row = ((ratio[:, 0] * 100).round().long() - 1).clamp(0, 98)
         removed = curves[:, ctx.index].to(scores.device, torch.float64)[row]
         ideal = (1 - removed).clamp(0, 1) * length
@@ -56,12 +51,6 @@ class Curves:
         more = torch.arange(scores.shape[1], device=scores.device) < (total - sure.sum(-1))[:, None]
         counts = sure + torch.zeros_like(sure).scatter(-1, order, more.long())
         return counts.clamp(min=1).minimum(length.long())
-
-
-@wrapper("lukv")
-def _lukv(press: Any, curves: str | None = None, keep_first: int = 4, keep_last: int = 1) -> Any:
-    path = required(curves, "lukv", "curves, a table [99, layers, Hkv] for this model and scorer (.npy or .safetensors)")
-    return replace(press, scorer=Protected(press.scorer, keep_first, keep_last), budget=Curves(path))
 
 
 @dataclass(frozen=True)
@@ -102,26 +91,3 @@ class PrefillAndEvery:
         """All: the budget knows better."""
         del ratio, seen
         return length
-
-
-@wrapper("dms")
-def _dms(press: Any, threshold: float | None = None, recent: int = 128, interval: int = 64) -> Any:
-    """Tokens whose score is below a threshold go once they have left the recent window, in prefill and decoding.
-
-    How much that removes follows from the text; the ratio is not used. This is the rule of inference with any scorer;
-    the evictors that the paper trains are weights of their own models.
-
-    Args:
-        press: gives the scores.
-        threshold: what a score must reach; its scale is the scorer's.
-        recent: newest tokens that stay.
-        interval: tokens of decoding between two looks; between them, tokens stay longer than they must.
-    Source: Lancucki et al. 2025 (DMS), arXiv:2506.05345.
-    """
-    if threshold is None:
-        raise OptionError("dms needs threshold, the lowest score that stays; its scale is the scorer's")
-    if recent < 1:
-        raise OptionError(f"recent={recent} is not allowed; it counts tokens, 1 or more")
-    schedule = PrefillAndEvery(interval)
-    budget, scorer = Threshold(threshold), Protected(press.scorer, 0, recent)
-    return replace(press, scorer=scorer, budget=budget, schedule=schedule, buffer=max(press.buffer, interval))

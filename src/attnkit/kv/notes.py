@@ -24,6 +24,7 @@ class Notes:
         prefilled: the context has been read.
         since: tokens since then, or since the press last compressed.
         pending: (context, scores or None), for what is decided when all layers are done.
+        memory: what the scorer wants to find again, by names of its own; tensors have rows first.
     """
 
     prefilled: bool = False
@@ -35,6 +36,7 @@ class Notes:
     hidden: Tensor | None = None
     moments: Any = None
     whole: bool = field(default=True)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, call: LayerCall, press: "Press") -> str | None:
         """Note one pass; returns "prefill" where it completes the context, "decode" after that, None before.
@@ -94,7 +96,9 @@ class Notes:
             PolicyError: it needs all queries of the context, and they came in several passes.
         """
         if "queries" in press.needs and phase == "prefill" and not self.whole:
-            raise PolicyError(f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method")
+            raise PolicyError(
+                f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method"
+            )
         assert self.queries is not None
         assert self.positions is not None
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
@@ -114,11 +118,13 @@ class Notes:
             rope=call.rope,
             ratio=press.ratio,
             phase=phase,
+            memory=self.memory,
         )
 
     def copy(self) -> "Notes":
         """A copy that shares no tensor that changes."""
-        return replace(self, moments=None if self.moments is None else self.moments.copy())
+        moments = None if self.moments is None else self.moments.copy()
+        return replace(self, moments=moments, memory=dict(self.memory))
 
     def forget(self, count: int) -> None:
         """The newest `count` tokens are taken back: forget their queries."""
@@ -135,6 +141,7 @@ class Notes:
             setattr(self, name, None if value is None else change(value))
         if self.moments is not None:
             self.moments = self.moments.rows(change)
+        self.memory = {name: change(value) for name, value in self.memory.items()}
 
 
 def _prefill_window(press: "Press") -> int | None:

@@ -1,6 +1,6 @@
 """A press: a compression method put together from its parts, and what it does to a layer of the cache."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -75,7 +75,9 @@ class Press:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
-            raise OptionError(f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1")
+            raise OptionError(
+                f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1"
+            )
 
     @property
     def name(self) -> str:
@@ -108,7 +110,9 @@ class Press:
             layer.listener(call)
             return
         if layer.owner not in (None, self):
-            raise PolicyError(f"the cache was thinned out by {layer.owner}; {self.spec} needs a cache of its own, h.new_cache()")
+            raise PolicyError(
+                f"the cache was thinned out by {layer.owner}; {self.spec} needs a cache of its own, h.new_cache()"
+            )
         notes: Notes = layer.notes.setdefault(self, Notes())
         phase = notes.take(call, self)
         if phase is not None and self.schedule.due(phase=phase, since=notes.since):
@@ -152,7 +156,7 @@ class Press:
             return
         scores = _real_only(self.scorer.score(ctx), ctx)
         if hasattr(self.budget, "share"):
-            notes.pending = (ctx, scores)
+            notes.pending = (replace(ctx, hidden=None), scores)  # the states of all layers would not fit
             return
         self._finish(call.layer, ctx, scores, self.budget.counts(ctx, scores, self._kept(ctx)))
         notes.since = 0
@@ -175,6 +179,7 @@ class PassDone(Protocol):
         cache: the cache.
         input_ids: [B, T] of this pass, or None where embeddings were given.
         attention_mask: [B, seen] or None.
+        position_ids: [B or 1, T], or None where the model counts for itself.
     """
 
     text: Any
@@ -182,6 +187,7 @@ class PassDone(Protocol):
     cache: Any
     input_ids: Tensor | None
     attention_mask: Tensor | None
+    position_ids: Tensor | None
 
 
 def _real_only(scores: Tensor, ctx: ScoreContext) -> Tensor:
@@ -217,6 +223,9 @@ class Chain:
 
     def after(self, call: LayerCall) -> None:
         """Each in turn."""
+        if call.layer.listener is not None:
+            call.layer.listener(call)
+            return
         owner = call.layer.owner
         if owner not in (None, self):
             raise PolicyError(f"the cache was thinned out by {owner}; {self.name} needs a cache of its own, h.new_cache()")
@@ -254,7 +263,9 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     if len(parts) == 1:
         return build(spec, ratio, options)
     if options:
-        raise OptionError(f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))")
+        raise OptionError(
+            f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))"
+        )
     return Chain(tuple(build(part, ratio, {}) for part in parts))
 
 
@@ -272,5 +283,3 @@ def read(values: dict[str, Any]) -> Press | Chain:
     if "presses" in values:
         return Chain(tuple(read(each) for each in values["presses"]))  # type: ignore[arg-type]
     return press(values.pop("name"), **values)
-
-

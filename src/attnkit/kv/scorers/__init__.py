@@ -5,7 +5,7 @@ import importlib
 
 __all__ = ["load"]
 
-_FILES = ("simple",)
+_FILES = ("simple", "protect", "critical", "patterns", "gates", "replay", "gradient")
 
 
 @functools.cache

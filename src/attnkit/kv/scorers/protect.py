@@ -1,12 +1,16 @@
-"""Tokens that stay whatever another scorer says of them."""
+"""Tokens that stay whatever another scorer says of them, and wrappers that need that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnkit._core.errors import OptionError
+from attnkit.kv.budgets_tables import Curves, PrefillAndEvery, Threshold
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.registry import wrapper
+from attnkit.kv.weights import required
 
 __all__ = ["Protected", "protect"]
 
@@ -60,3 +64,32 @@ class Protected:
         """[B, Hkv, S] float32 of each layer, where the other reads the context again."""
         scores = self.scorer.replay(passed, contexts)
         return [protect(ctx, score, self.first, self.last) for ctx, score in zip(contexts, scores, strict=True)]
+
+
+@wrapper("lukv")
+def _lukv(press: Any, curves: str | None = None, keep_first: int = 4, keep_last: int = 1) -> Any:
+    path = required(curves, "lukv", "curves, a table [99, layers, Hkv] for this model and scorer (.npy or .safetensors)")
+    return replace(press, scorer=Protected(press.scorer, keep_first, keep_last), budget=Curves(path))
+
+
+@wrapper("dms")
+def _dms(press: Any, threshold: float | None = None, recent: int = 128, interval: int = 64) -> Any:
+    """Tokens whose score is below a threshold go once they have left the recent window, in prefill and decoding.
+
+    How much that removes follows from the text; the ratio is not used. This is the rule of inference with any scorer;
+    the evictors that the paper trains are weights of their own models.
+
+    Args:
+        press: gives the scores.
+        threshold: what a score must reach; its scale is the scorer's.
+        recent: newest tokens that stay.
+        interval: tokens of decoding between two looks; between them, tokens stay longer than they must.
+    Source: Lancucki et al. 2025 (DMS), arXiv:2506.05345.
+    """
+    if threshold is None:
+        raise OptionError("dms needs threshold, the lowest score that stays; its scale is the scorer's")
+    if recent < 1:
+        raise OptionError(f"recent={recent} is not allowed; it counts tokens, 1 or more")
+    schedule = PrefillAndEvery(interval)
+    budget, scorer = Threshold(threshold), Protected(press.scorer, 0, recent)
+    return replace(press, scorer=scorer, budget=budget, schedule=schedule, buffer=max(press.buffer, interval))
