@@ -4,6 +4,8 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # the oldest transformers that is promised to work, beside the pinned one (and what it needs in other versions)
 FLOOR := transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+# a judge of the cache's tests that asks for an older transformers than ours, so it is installed beside the environment
+PEERS := kvpress==0.5.5
 OUT ?= report
 # tests spread over the processor's cores, at most eight of them
 WORKERS := -n auto --maxprocesses 8 --dist worksteal
@@ -43,10 +45,14 @@ help:  ## list the targets
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/floor $(FLOOR)
 	@touch $@
 
+.venv/.peers: .venv/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/peers $(PEERS)
+	@touch $@
+
 demo: .venv/.assets  ## compare inference methods on a real model and text; writes report/index.html
 	$(BIN)/attnkit demo --out $(OUT)
 
-test: check test-floor .venv/.assets  ## all checks and the whole suite
+test: check test-floor .venv/.assets .venv/.peers  ## all checks and the whole suite
 	$(BIN)/python -m pytest $(WORKERS)
 
 check: .venv/.dev  ## format, lint, types, layers, spelling

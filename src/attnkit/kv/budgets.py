@@ -10,7 +10,7 @@ from attnkit._core.errors import OptionError
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.registry import wrapper
 
-__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Uniform", "each", "kept_of"]
+__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Pyramid", "Uniform", "each", "kept_of"]
 
 
 class Budget(Protocol):
@@ -109,6 +109,49 @@ class PerLayer:
         if len(self.ratios) != ctx.layers:
             raise OptionError(f"ratios has {len(self.ratios)} entries; the model has {ctx.layers} layers")
         return kept_of(ctx.stored.length, self.ratios[ctx.index])
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """More keys in the first layers, fewer in the last, on a line.
+
+    With the mean budget m and n real tokens, the last layer gets m / beta and the first 2 m less that, at most n - window; the
+    sum over layers is what `Uniform` gives, to the token. Where the last layer would not even keep the window, all get m.
+
+    Args:
+        window: tokens that the scorer keeps in any case.
+        beta: 1 or more.
+    Source: Cai et al. 2024 (PyramidKV), arXiv:2406.02069.
+    """
+
+    window: int = 64
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise OptionError(f"beta={self.beta} is not allowed; the last layer keeps the mean over beta: 1 or more")
+
+    def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
+        """[B, Hkv] int64, or one number."""
+        del scores
+        if isinstance(kept, int):
+            length = ctx.stored.length
+            assert isinstance(length, int)
+            return int(self._counts(ctx, torch.tensor(kept), torch.tensor(length)))  # both on the host
+        return self._counts(ctx, kept, torch.as_tensor(ctx.stored.length, device=kept.device))
+
+    def _counts(self, ctx: ScoreContext, kept: Tensor, length: Tensor) -> Tensor:
+        mean = kept.double()
+        last = torch.maximum(mean / self.beta, 2 * mean - (length - self.window))
+        first = 2 * mean - last
+        fits = (length >= first) & (first >= last) & (last >= self.window)
+        layers = ctx.layers
+
+        def below(count: int) -> Tensor:  # budget of the first `count` layers, so that rounding adds up
+            return (count * first - (first - last) / max(layers - 1, 1) * count * (count - 1) / 2).round()
+
+        own = (below(ctx.index + 1) - below(ctx.index)).long()
+        return torch.where(fits & (layers > 1), own, kept)
 
 
 @wrapper("adakv")

@@ -5,7 +5,7 @@ import importlib
 
 __all__ = ["load"]
 
-_FILES = ("simple", "protect", "critical", "patterns", "gates", "replay", "gradient")
+_FILES = ("simple", "attention", "keys", "leverage", "protect", "critical", "patterns", "gates", "replay", "gradient")
 
 
 @functools.cache
