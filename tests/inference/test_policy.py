@@ -8,10 +8,9 @@ import pytest
 import torch
 from oracles import prompt
 
-from attnkit import inference
+from attnkit import inference, kv
 from attnkit._core.errors import OptionError, PolicyError
 from attnkit.inference import (
-    CACHES,
     CORRECTIONS,
     NTK,
     PI,
@@ -39,20 +38,18 @@ class Doubled:
 
 
 @dataclass(frozen=True)
-class KeepEven:
-    """A cache method for tests: every other token goes."""
+class Even:
+    """A scorer for tests: every other token is worth nothing."""
 
-    name: ClassVar[str] = "keep_even"
-    drops_keys: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()
 
-    def after(self, call):
-        call.layer.keep(torch.arange(0, call.layer.stored, 2).expand(call.k.shape[0], 1, -1), owner=self)
+    def score(self, ctx):
+        return (ctx.rank % 2 == 0).float().expand(ctx.stored.shape)
 
 
 @pytest.fixture(autouse=True)
 def extended(monkeypatch):
     monkeypatch.setitem(CORRECTIONS._values, "doubled", Doubled)
-    monkeypatch.setitem(CACHES._values, "keep_even", KeepEven)
 
 
 def test_names_and_objects_are_the_same_thing():
@@ -71,7 +68,9 @@ def test_registries_hold_what_a_policy_takes():
 
 def test_available_names_can_be_applied():
     model, ids = tiny_model("llama"), prompt(1, 8)
-    assert available() == ("dense", "window", "hash", "pi", "ntk", "yarn", "keep_even")
+    assert available()[:6] == ("dense", "window", "hash", "pi", "ntk", "yarn")
+    assert set(available()[6:]) <= set(kv.methods())
+    assert {"knorm", "streaming_llm"} <= set(available())
     for name in available():
         with torch.no_grad(), apply(model, name) as h:
             model(ids, past_key_values=h.new_cache())
@@ -88,7 +87,10 @@ def test_available_names_can_be_applied():
         ),
         (lambda: Policy(position="rope"), OptionError, "unknown position method 'rope'; known: pi, ntk, yarn"),
         (lambda: Policy(correction="delta"), OptionError, "unknown correction 'delta'; known: doubled"),
-        (lambda: Policy(cache="h2o"), OptionError, "unknown cache method 'h2o'; known: keep_even"),
+        (lambda: Policy(cache="knrm"), OptionError, "unknown cache method 'knrm'; did you mean 'knorm'"),
+        (lambda: Policy(cache="adkv:knorm"), OptionError, "unknown wrapper of cache methods 'adkv'; did you mean 'adakv'"),
+        (lambda: Policy(cache=Even()), PolicyError, r"cache=Even\(\) is not a press; make one with attnkit.kv.press"),
+        (lambda: Policy(cache=kv.Press(scorer=Even())).to_dict(), PolicyError, "was put together by hand"),
         (
             lambda: Policy(prefill=None),
             PolicyError,
@@ -98,7 +100,7 @@ def test_available_names_can_be_applied():
         (lambda: Policy(position=2.0), PolicyError, "position=2.0 is not a registered position method; known: pi, ntk, yarn"),
         (lambda: Policy(correction="doubled"), PolicyError, "a correction repairs a sparse prefill, and this one is dense"),
         (
-            lambda: Policy(prefill="window", cache="keep_even"),
+            lambda: Policy(prefill="window", cache="knorm"),
             PolicyError,
             "one method drops keys, not the prefill and the cache",
         ),
@@ -127,6 +129,8 @@ def test_an_object_of_an_unregistered_class_is_refused():
         Policy(prefill=Window(window=7, sink=0, rerotate=True), position=YaRN(factor=3.5, beta_fast=16)),
         Policy(prefill=Window(dense_prefill=True), position=NTK(factor=4)),
         Policy(prefill=Hashed(num_buckets=4, rounds=3)),
+        Policy(cache=kv.press("adakv:streaming_llm", ratio=0.25, alpha=0.1, sink=2)),
+        Policy(cache="knorm+decode:random"),
     ],
 )
 def test_policies_survive_a_file(policy, tmp_path):
@@ -186,11 +190,12 @@ def test_a_correction_gets_the_layer_and_the_prefill():
 
 def test_a_cache_method_gets_the_layers_that_know_positions():
     model, ids = tiny_model("gemma3"), prompt(2, 9)
-    with torch.no_grad(), apply(model, "keep_even") as h:
+    with torch.no_grad(), apply(model, Policy(cache=kv.Press(scorer=Even(), ratio=0.4))) as h:
         cache = h.new_cache()
         model(ids, past_key_values=cache)
         assert [getattr(layer, "stored", None) for layer in cache.layers] == [None, 5, 5]
-        assert cache.layers[1].positions.tolist() == [[[0, 2, 4, 6, 8]]] * 2
+        view = cache.layers[1].view()
+        assert view.positions[view.real].tolist() == [0, 2, 4, 6, 8] * 2 * 2
         model(ids)  # a cache of its own kind has nothing to thin out
 
 
@@ -205,7 +210,7 @@ def test_without_transformers_the_install_line_is_the_message():
 import sys
 sys.modules["transformers"] = None
 import attnkit
-for package, name in ((attnkit.inference, "apply"), (attnkit.kv, "AttnkitCache"), (attnkit.kv, "PositionedLayer")):
+for package, name in ((attnkit.inference, "apply"), (attnkit.kv, "KVCache"), (attnkit.kv, "KVLayer")):
     try:
         getattr(package, name)
     except attnkit.errors.MissingExtra as error:

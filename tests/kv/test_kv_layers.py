@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 from attnkit._core.errors import DTypeError, InputError, PolicyError, ShapeError
-from attnkit.kv import AttnkitCache, PositionedLayer
+from attnkit.kv import KVCache, KVLayer
 from attnkit.testing import FAMILIES, tiny_model
 
 BATCH, HEADS, WIDTH = 2, 3, 4
@@ -19,7 +19,7 @@ def tokens(start, stop, *, batch=BATCH):
 
 
 def filled(length):
-    layer = PositionedLayer()
+    layer = KVLayer()
     layer.update(*tokens(0, length))
     return layer
 
@@ -32,7 +32,7 @@ def names(layer):
 
 
 def test_an_empty_layer_has_seen_and_stored_nothing():
-    layer = PositionedLayer()
+    layer = KVLayer()
     assert (layer.get_seq_length(), layer.stored, layer.nbytes, layer.get_mask_sizes(5)) == (0, 0, 0, (5, 0))
 
 
@@ -97,7 +97,7 @@ def test_keep_refuses_a_wrong_index(index, error, message):
 
 def test_keep_needs_stored_tokens():
     with pytest.raises(InputError, match="the layer is empty"):
-        PositionedLayer().keep(torch.zeros(1, 1, 1, dtype=torch.long))
+        KVLayer().keep(torch.zeros(1, 1, 1, dtype=torch.long))
 
 
 def test_crop_goes_back_as_if_the_tokens_had_not_been():
@@ -149,7 +149,7 @@ def test_reset_forgets_everything():
 
 
 def test_empty_layers_take_batch_operations():
-    layer = PositionedLayer()
+    layer = KVLayer()
     layer.reorder_cache(torch.tensor([0]))
     layer.batch_repeat_interleave(2)
     layer.batch_select_indices(torch.tensor([0]))
@@ -206,10 +206,10 @@ def test_a_layer_moves_positions_with_beams():
 
 
 def test_only_full_attention_layers_are_ours():
-    kinds = {family: [type(layer).__name__ for layer in AttnkitCache(tiny_model(family).config).layers] for family in FAMILIES}
-    assert kinds.pop("gemma3") == ["DynamicSlidingWindowLayer", "PositionedLayer", "PositionedLayer"]
-    assert all(names == ["PositionedLayer"] * 2 for names in kinds.values())
-    sliding = AttnkitCache(tiny_model("mistral", sliding_window=5).config)
+    kinds = {family: [type(layer).__name__ for layer in KVCache(tiny_model(family).config).layers] for family in FAMILIES}
+    assert kinds.pop("gemma3") == ["DynamicSlidingWindowLayer", "KVLayer", "KVLayer"]
+    assert all(names == ["KVLayer"] * 2 for names in kinds.values())
+    sliding = KVCache(tiny_model("mistral", sliding_window=5).config)
     assert [type(layer).__name__ for layer in sliding.layers] == ["DynamicSlidingWindowLayer"] * 2
 
 
@@ -221,7 +221,7 @@ def test_without_a_policy_the_cache_is_a_dynamic_cache(family):
     for options in ({}, {"num_beams": 3}, {"prefill_chunk_size": 5}):
         runs = [
             model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache, **options)
-            for cache in (AttnkitCache(model.config), DynamicCache(config=model.config))
+            for cache in (KVCache(model.config), DynamicCache(config=model.config))
         ]
         assert torch.equal(*runs)
 
@@ -232,7 +232,7 @@ def test_a_thinned_cache_stays_causal_without_a_policy():
     logits = []
     with torch.no_grad():
         for last in (12, 13):
-            cache = AttnkitCache(model.config)
+            cache = KVCache(model.config)
             model(ids[:, :8], past_key_values=cache)
             for layer in cache.layers:
                 layer.keep(torch.tensor([[[0, 6, 7]]]))
@@ -244,7 +244,7 @@ def test_a_thinned_cache_stays_causal_without_a_policy():
 
 def test_nbytes_counts_layers_of_any_kind():
     model = tiny_model("gemma3")
-    cache = AttnkitCache(model.config)
+    cache = KVCache(model.config)
     before = cache.nbytes()  # a sliding-window layer keeps its size as a tensor of its own
     with torch.no_grad():
         model(torch.arange(1, 31)[None], past_key_values=cache)
@@ -257,7 +257,7 @@ def test_a_clone_goes_its_own_way(family):
     model = tiny_model(family)
     ids = torch.arange(1, 20)[None]
     with torch.no_grad():
-        cache = AttnkitCache(model.config)
+        cache = KVCache(model.config)
         model(ids, past_key_values=cache)
         twin = cache.clone()
         size = cache.nbytes()
@@ -270,7 +270,7 @@ def test_a_clone_goes_its_own_way(family):
 
 def test_a_clone_shares_no_memory():
     model = tiny_model("gemma3")
-    cache = AttnkitCache(model.config)
+    cache = KVCache(model.config)
     with torch.no_grad():
         model(torch.arange(1, 20)[None], past_key_values=cache)
     twin = cache.clone()
@@ -281,4 +281,4 @@ def test_a_clone_shares_no_memory():
 
 
 def test_a_cache_takes_the_config_of_a_whole_model():
-    assert len(AttnkitCache(LlamaConfig(num_hidden_layers=5)).layers) == 5
+    assert len(KVCache(LlamaConfig(num_hidden_layers=5)).layers) == 5

@@ -110,7 +110,12 @@ class LayerCall:
     def dense(self) -> Tensor:
         """Every query sees every real key that the layer's own mask shows it; out [B, T, H, Dv]."""
         if self.layer is not None and self.layer.pages is not None:
-            options = {"scale": self.scale, "softcap": self.softcap, "sinks": self.sinks, "padding": self.padding}
+            options: dict[str, Any] = {
+                "scale": self.scale,
+                "softcap": self.softcap,
+                "sinks": self.sinks,
+                "padding": self.padding,
+            }
             return self.layer.attend(self.q, self.k, self.v, **options)
         out: Any = ops.attention(
             self.q,

@@ -131,7 +131,7 @@ def _by_name() -> Registry[Callable[[], Policy]]:
     for slot in ("prefill", "position"):  # a correction needs something to correct
         for name in _SLOTS[slot]:
             names.register(name, partial(Policy, **{slot: name}))
-    for name in kv.methods():
+    for name in kv.methods(ready=True):
         names.register(name, partial(Policy, cache=name))
     return names
 

@@ -86,7 +86,8 @@ class HeadAdaptive:
         total = kept.sum(-1, keepdim=True)
         chosen = torch.zeros_like(flat, dtype=torch.bool)
         chosen.scatter_(-1, joint, torch.arange(flat.shape[-1], device=flat.device) < total)
-        return (chosen & (flat > -torch.inf)).unflatten(1, scores.shape[1:]).sum(-1)
+        counts: Tensor = (chosen & (flat > -torch.inf)).view(scores.shape).sum(-1)
+        return counts
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from typing import Any, Self
 
 from attnkit._core.errors import OptionError
 from attnkit._core.lazy import require
-from attnkit.kv.codecs import Codec, named
+from attnkit._core.registry import Registry
+from attnkit.kv.codecs import FP8, Codec, IntN, Raw
 
 require("transformers", extra="hf")  # where it is missing, this says how to get it
 
@@ -14,7 +15,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer  # noqa: 
 from attnkit.kv.layers import KVLayer  # noqa: E402
 from attnkit.kv.storage import copied, storages  # noqa: E402
 
-__all__ = ["KVCache"]
+__all__ = ["CODECS", "KVCache"]
+
+CODECS: Registry[Codec] = Registry("codec")
+for _name, _codec in {"raw": Raw(), "int8": IntN(8), "int4": IntN(4), "fp8": FP8()}.items():
+    CODECS.register(_name, _codec)
 
 
 class KVCache(Cache):
@@ -40,7 +45,7 @@ class KVCache(Cache):
             raise OptionError(f"page_size={page_size} is not allowed; it is 16, 32, 64 or 128")
         if context is not None and context < 1:
             raise OptionError(f"context={context} is not allowed; it counts tokens, 1 or more")
-        made = named(codec) if isinstance(codec, str) else codec
+        made = CODECS[codec] if isinstance(codec, str) else codec
         stock = DynamicCache(config=config).layers
         super().__init__(
             layers=[

@@ -139,7 +139,8 @@ class ScoreContext:
 
     def mean_over_group(self, x: Tensor) -> Tensor:
         """[B, H, ...] -> [B, Hkv, ...]: the mean over the query heads that share a key head."""
-        return x.unflatten(1, (-1, self.groups)).mean(2)
+        mean: Tensor = x.unflatten(1, (-1, self.groups)).mean(2)
+        return mean
 
     def attention(self, window: int) -> Tensor:
         """[B, H, w, S] float32: what the newest `window` queries give each stored key, themselves included.

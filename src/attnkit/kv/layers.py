@@ -7,9 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from attnkit import ops
-
-from attnkit._core.checks import accumulator_dtype, check_dtype
+from attnkit._core.checks import check_dtype
 from attnkit._core.errors import InputError, PolicyError, ShapeError
 from attnkit._core.lazy import require
 from attnkit.kv.codecs import Codec, Raw

@@ -53,8 +53,8 @@ class Notes:
             phase = "prefill" if call.seen >= (context or 0) else None
             if context is not None and call.seen > context:
                 raise InputError(
-                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that new_cache(context=...) was "
-                    f"told of; end a pass there"
+                    f"this pass ends at token {call.seen}, beyond the context of {context} tokens that "
+                    f"new_cache(context=...) was told of; end a pass there"
                 )
         self.whole = self.whole and call.first == 0
         limit = press.buffer if self.prefilled else _prefill_window(press)

@@ -65,9 +65,9 @@ class Paged:
         new, new_lse = ops.attention(
             q, k, v, causal=True, sinks=sinks, key_bias=bias, return_lse=True, out_dtype=acc, **options
         )
-        out, _ = ops.merge_partials(torch.stack([old, new]), torch.stack([old_lse, new_lse]))
+        merged, _ = ops.merge_partials(torch.stack([old, new]), torch.stack([old_lse, new_lse]))
         self.admit(real)
-        return out.to(q.dtype)
+        return merged.to(q.dtype)
 
     def admit(self, real: Tensor | None) -> None:
         """Put waiting tokens into pages, those that `real` [B, n] names."""
@@ -127,7 +127,9 @@ class Paged:
                 "inside `with attnkit.inference.apply(model, policy)`, or press with a method that treats heads alike"
             )
         if stored.bias is not None:
-            raise PolicyError("the keys of this cache have a bias, which only attnkit's attention reads; run the model inside apply")
+            raise PolicyError(
+                "the keys of this cache have a bias, which only attnkit's attention reads; run the model inside apply"
+            )
         assert stored.real is not None
         index = Kept.of_mask(stored.real).index[..., :length]
         return gather(stored.keys, index).to(key_dtype), gather(stored.values, index).to(value_dtype)

@@ -61,10 +61,10 @@ class PagePool:
             self.tensors[name][lease.start : lease.stop] = tensor
         return lease
 
-    def read(self, pages: Tensor) -> dict[str, Tensor]:
-        """keys, values, positions (and bias) [..., page_size, ...] of these pages, decoded."""
+    def read(self, pages: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """keys, values (in `dtype`), positions (and bias) [..., page_size, ...] of these pages, decoded."""
         rows = {name: tensor[pages.long()] for name, tensor in self.tensors.items()}
-        keys, values = self.codec.decode(rows)
+        keys, values = self.codec.decode(rows, dtype)
         return {"keys": keys, "values": values} | {name: rows[name] for name in ("positions", "bias") if name in rows}
 
     def release(self, lease: Lease) -> None:
@@ -184,7 +184,9 @@ class PageStore:
         oldest = {name: held[:, :, :size].flatten(0, 1) for name, held in self.tail.items()}
         lease = self.pool.write(oldest["keys"], oldest["values"], oldest["positions"], oldest.get("bias"))
         pages = torch.arange(lease.start, lease.stop, device=self.table.device, dtype=torch.int32)
-        self.table = torch.cat([self.table, self.table[..., -1:] if self.table.shape[-1] else pages.view(*self.counts.shape, 1)], -1)
+        self.table = torch.cat(
+            [self.table, self.table[..., -1:] if self.table.shape[-1] else pages.view(*self.counts.shape, 1)], -1
+        )
         self.table.scatter_(-1, self.counts[..., None].long(), pages.view(*self.counts.shape, 1))
         self.counts = self.counts + 1
         self.leases.append(lease)
@@ -205,10 +207,8 @@ class PageStore:
     def _turn_back(self) -> None:
         size = self.pool.page_size
         last = (self.counts - 1)[..., None].long()
-        page = self.pool.read(self.table.gather(-1, last)[..., 0])
-        self.tail = {
-            name: torch.cat([page[name].to(held.dtype), held[:, :, :size]], 2) for name, held in self.tail.items()
-        }
+        page = self.pool.read(self.table.gather(-1, last)[..., 0], self.tail["keys"].dtype)
+        self.tail = {name: torch.cat([page[name].to(held.dtype), held[:, :, :size]], 2) for name, held in self.tail.items()}
         self.counts, self.tail_lengths = self.counts - 1, self.tail_lengths + size
         self._least += size
         self.pool.release(self.leases.pop())
@@ -218,7 +218,7 @@ class PageStore:
         """All stored tokens side by side, decoded; S is the longest head's pages and the tails."""
         size = self.pool.page_size
         pages = self.table.shape[-1]
-        read = self.pool.read(self.table)
+        read = self.pool.read(self.table, self.tail["keys"].dtype)
         parts = {name: torch.cat([read[name].flatten(2, 3), held], 2) for name, held in self.tail.items()}
         place = torch.arange(pages * size, device=self.table.device)
         in_pages = place < (self.counts * size)[..., None]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnkit._core.errors import OptionError, PolicyError
+from attnkit.kv import scorers
 from attnkit.kv.budgets import Budget, Uniform
 from attnkit.kv.context import LayerCall, ScoreContext, Stored
 from attnkit.kv.notes import Notes
@@ -256,8 +257,6 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     >>> press("adakv:expected_attention", ratio=0.5, alpha=0.1).name
     'adakv:expected_attention'
     """
-    from attnkit.kv import scorers
-
     scorers.load()
     parts = spec.split("+")
     if len(parts) == 1:
@@ -269,17 +268,28 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     return Chain(tuple(build(part, ratio, {}) for part in parts))
 
 
-def methods() -> tuple[str, ...]:
-    """The names of the base methods."""
-    from attnkit.kv import scorers
+def methods(*, ready: bool = False) -> tuple[str, ...]:
+    """The names of the base methods.
 
+    Args:
+        ready: only those that need no weights or other options, which are all that `press(name)` makes.
+    """
     scorers.load()
-    return tuple(BASES)
+    return tuple(name for name in BASES if not ready or _makes(name))
+
+
+def _makes(name: str) -> bool:
+    try:
+        press(name)
+    except OptionError:
+        return False
+    return True
 
 
 def read(values: dict[str, Any]) -> Press | Chain:
     """Make what `to_dict` wrote."""
     values = dict(values)
     if "presses" in values:
-        return Chain(tuple(read(each) for each in values["presses"]))  # type: ignore[arg-type]
+        scorers.load()
+        return Chain(tuple(build(each.pop("name"), each.pop("ratio"), each) for each in map(dict, values["presses"])))
     return press(values.pop("name"), **values)

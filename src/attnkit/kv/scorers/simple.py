@@ -42,7 +42,8 @@ class Knorm:
 
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32."""
-        return -ctx.stored.keys.float().norm(dim=-1)
+        norm: Tensor = torch.linalg.vector_norm(ctx.stored.keys.float(), dim=-1)
+        return -norm
 
 
 @scorer("streaming_llm")

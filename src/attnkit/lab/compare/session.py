@@ -173,9 +173,7 @@ class Session:
         logits: Tensor = self._model(tokens, past_key_values=cache, logits_to_keep=1 if last else 0).logits
         return logits[0]
 
-    def _decode(
-        self, logits: Tensor, cache: KVCache, *, steps: int, stop: Collection[int]
-    ) -> tuple[list[int], list[float]]:
+    def _decode(self, logits: Tensor, cache: KVCache, *, steps: int, stop: Collection[int]) -> tuple[list[int], list[float]]:
         """Greedy tokens after `logits` [V], and the seconds of each."""
         ids: list[int] = []
         times = [clock(self._device)]
