@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import MUST_STAY
-from attnkit.kv.press import Press, press
+from attnkit.kv.pressing import Press, press
 from attnkit.kv.registry import BASES
 from attnkit.kv.scorers import leverage, load
 

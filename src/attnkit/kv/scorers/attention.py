@@ -11,7 +11,7 @@ from attnkit._core.errors import OptionError
 from attnkit.kv.budgets import Pyramid
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import Line, must_stay
-from attnkit.kv.press import Press
+from attnkit.kv.pressing import Press
 from attnkit.kv.registry import base, scorer
 
 __all__ = ["ObservedAttention", "SnapKV", "Tova", "received"]

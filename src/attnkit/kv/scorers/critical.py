@@ -9,6 +9,7 @@ from torch import Tensor
 from attnkit._core.errors import OptionError
 from attnkit.kv.budgets import HeadAdaptive, each
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.line import MUST_STAY
 from attnkit.kv.projection import output_norms
 from attnkit.kv.registry import wrapper
 from attnkit.kv.selectors import Kept, Selector, TopK
@@ -21,7 +22,7 @@ class TwoStage:
     """A part of a head's budget goes to the highest scores s, the rest to the highest (s + eps) |W_o v|_1.
 
     The norm is the mean over the query heads of a group. Scores are meant to be weights of attention: of scores below
-    zero a larger norm makes a key worth less. Scores of +inf stay.
+    zero a larger norm makes a key worth less. What must stay stays.
 
     Args:
         first: the share that the base score decides, 0 to 1; at least one key where it is not 0.
@@ -47,9 +48,9 @@ class TwoStage:
             sure = sure.clamp(min=1)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         chosen = torch.arange(scores.shape[-1], device=scores.device) < sure[..., None]
-        chosen = torch.zeros_like(chosen).scatter(-1, order, chosen) | (scores == torch.inf)
+        chosen = torch.zeros_like(chosen).scatter(-1, order, chosen)
         norms = ctx.mean_over_group(output_norms(ctx.stored.values, ctx.module, ctx.queries.shape[1], order=1))
-        second = ((scores + self.epsilon) * norms).masked_fill(chosen, torch.inf)
+        second = torch.where(scores >= MUST_STAY, scores, (scores + self.epsilon) * norms).masked_fill(chosen, torch.inf)
         return self.inner.select(ctx, second.masked_fill(scores == -torch.inf, -torch.inf), counts, scorer)
 
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from attnkit._core.errors import PolicyError, ShapeError
 from attnkit.kv.budgets_joint import AcrossLayers
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.line import must_stay
 from attnkit.kv.pressing import Press
 from attnkit.kv.registry import base, scorer
-from attnkit.kv.scorers.protect import protect
 from attnkit.kv.weights import device_copy, required, tensors
 
 __all__ = ["FastKVzip", "KVzap"]
@@ -125,7 +125,8 @@ class FastKVzip:
         scores = _of_stored(ctx, self._gate(ctx), "fastkvzip")
         length = torch.as_tensor(ctx.stored.length, device=scores.device).expand(scores.shape[:2])
         newest = (length.double() * self.recent).long().clamp(min=1)
-        return protect(ctx, scores, self.sink, torch.where(length < 32_000, newest, self.recent_long))
+        newest = torch.where(length < 32_000, newest, self.recent_long)
+        return must_stay(scores, ctx, sink=self.sink, recent=newest[..., None])
 
     def _gate(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, w] float32."""

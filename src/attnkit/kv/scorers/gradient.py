@@ -10,10 +10,10 @@ from torch import Tensor
 
 from attnkit.kv.budgets_joint import AcrossLayers
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.line import must_stay
 from attnkit.kv.pressing import Press
 from attnkit.kv.registry import base
 from attnkit.kv.replay import Asked, Piece, Prompts, checked_chunk, pieces, read_again, weights
-from attnkit.kv.scorers.protect import protect
 from attnkit.kv.scorers.replay import Replay, chunk_norms, prompts_of, put
 
 __all__ = ["KVGrad"]
@@ -64,7 +64,7 @@ class KVGrad(Replay):
                         put(scores[place], piece, _found(contexts[place], *held.pop(place), gradient))
 
             read_again(passed, contexts, pieces(passed, self.chunk, self.sink, self.prompts), listen, run=run)
-        return [protect(ctx, score, self.sink, 0) for ctx, score in zip(contexts, scores, strict=True)]
+        return [must_stay(score, ctx, sink=self.sink) for ctx, score in zip(contexts, scores, strict=True)]
 
 
 def _forward(passed: Any, contexts: list[ScoreContext], piece: Piece, arguments: dict[str, Any]) -> tuple[list[Tensor], Tensor]:
@@ -93,7 +93,7 @@ def _forward(passed: Any, contexts: list[ScoreContext], piece: Piece, arguments:
 
 def _found(ctx: ScoreContext, piece: Piece, asked: Asked, gradient: Tensor) -> Tensor:
     """[B, Hkv, C]."""
-    minded = gradient.float().norm(dim=-1)
+    minded: Tensor = gradient.float().norm(dim=-1)
     factor = chunk_norms(ctx, piece)
     found = minded.new_zeros(*ctx.stored.shape[:2], piece.columns.shape[1])
     for block, part in weights(piece, asked):

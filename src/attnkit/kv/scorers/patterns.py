@@ -9,6 +9,7 @@ from torch import Tensor
 from attnkit._core.errors import OptionError, PolicyError, ShapeError
 from attnkit.kv.budgets import each
 from attnkit.kv.context import Rotation, ScoreContext
+from attnkit.kv.line import must_stay
 from attnkit.kv.pressing import Press
 from attnkit.kv.registry import base, scorer
 from attnkit.kv.scorers.simple import Streaming
@@ -48,7 +49,7 @@ class Finch:
         asked = ctx.query_real
         count = weights.shape[2] if asked is None else asked[:, -self.window :].sum(-1).clamp(min=1)[:, None, None]
         scores = (weights * older.sum(-1, keepdim=True)).sum(2) / count
-        return scores.masked_fill(ctx.stored.positions >= positions[:, None, :1], torch.inf)
+        return must_stay(scores, ctx, recent=self.window)
 
 
 @dataclass(frozen=True)

@@ -3,33 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnkit._core.errors import OptionError
 from attnkit.kv.budgets_tables import Curves, PrefillAndEvery, Threshold
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.line import must_stay
 from attnkit.kv.registry import wrapper
 from attnkit.kv.weights import required
 
-__all__ = ["Protected", "protect"]
-
-
-def protect(ctx: ScoreContext, scores: Tensor, first: int, last: int | Tensor) -> Tensor:
-    """The scores with +inf for the first and last real tokens of each head.
-
-    Args:
-        ctx: the layer.
-        scores: [B, Hkv, S].
-        first: how many at the beginning.
-        last: how many at the end; one number, or [B, Hkv] int64.
-    """
-    rank = ctx.rank
-    length = ctx.stored.length
-    if isinstance(last, Tensor):
-        last = last[..., None]
-    from_end = (length if isinstance(length, int) else length[..., None]) - rank
-    return scores.masked_fill((rank >= 0) & ((rank < first) | (from_end <= last)), torch.inf)
+__all__ = ["Protected"]
 
 
 @dataclass(frozen=True)
@@ -58,12 +41,12 @@ class Protected:
 
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32."""
-        return protect(ctx, self.scorer.score(ctx), self.first, self.last)
+        return must_stay(self.scorer.score(ctx), ctx, sink=self.first, recent=self.last)
 
     def replay(self, passed: Any, contexts: list[ScoreContext]) -> list[Tensor]:
         """[B, Hkv, S] float32 of each layer, where the other reads the context again."""
         scores = self.scorer.replay(passed, contexts)
-        return [protect(ctx, score, self.first, self.last) for ctx, score in zip(contexts, scores, strict=True)]
+        return [must_stay(score, ctx, sink=self.first, recent=self.last) for ctx, score in zip(contexts, scores, strict=True)]
 
 
 @wrapper("lukv")

@@ -9,11 +9,11 @@ from torch import Tensor
 from attnkit._core.errors import OptionError, PolicyError
 from attnkit.kv.budgets_joint import AcrossLayers, Composite
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.line import must_stay
 from attnkit.kv.pressing import Press
 from attnkit.kv.projection import output_norms
 from attnkit.kv.registry import base
 from attnkit.kv.replay import Asked, Piece, Prompts, checked_chunk, pieces, read_again, weights
-from attnkit.kv.scorers.protect import protect
 
 __all__ = ["KVCompose", "KVzip", "Replay"]
 
@@ -90,7 +90,7 @@ class KVzip(Replay):
             else:
                 with widths:
                     read_again(passed, contexts, pieces(passed, self.chunk, self.sink, self.prompts), listen)
-        return [protect(ctx, score, self.sink, 0) for ctx, score in zip(contexts, scores, strict=True)]
+        return [must_stay(score, ctx, sink=self.sink) for ctx, score in zip(contexts, scores, strict=True)]
 
 
 def chunk_norms(ctx: ScoreContext, piece: Piece) -> Tensor:
