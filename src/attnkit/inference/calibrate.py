@@ -1,8 +1,9 @@
 """Learning beforehand what some cache methods want to know of a model."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,8 +14,20 @@ from attnkit.inference import compat
 from attnkit.inference.applied import apply
 from attnkit.inference.policy import Policy
 from attnkit.kv.calibration import Recorder
+from attnkit.kv.context import ScoreContext
+from attnkit.kv.pressing import Press
 
 __all__ = ["calibrate"]
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """Asks for the rotation, and drops nothing with a ratio of 0."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
+
+    def score(self, ctx: ScoreContext) -> Tensor:
+        return torch.zeros(ctx.stored.shape, device=ctx.stored.keys.device)
 
 
 def calibrate(
@@ -55,9 +68,12 @@ def calibrate(
     text_model = compat.text_model(model)
     device = next(text_model.parameters()).device
     on_event(Event("plan", f"reads {len(texts)} texts", 0, len(texts)))
-    with torch.no_grad(), apply(model, Policy(cache=recorder)) as h:
+    with torch.no_grad(), apply(model, Policy(cache=Press(_Nothing(), ratio=0.0))) as h:
         for place, ids in enumerate(texts):
-            text_model(input_ids=ids.to(device), past_key_values=h.new_cache())
+            cache = h.new_cache()
+            for layer in cache.kv_layers:
+                layer.listener = recorder.note
+            text_model(input_ids=ids.to(device), past_key_values=cache)
             on_event(Event("step", f"{ids.shape[1]} tokens", place + 1, len(texts)))
     found = recorder.tensors(int(text_model.config.num_hidden_layers))
     if path is not None:

@@ -1,7 +1,7 @@
 """What some methods learn of a model beforehand, gathered while it reads texts."""
 
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ WHAT = ("expected_attention_stats", "qfilter", "duo")
 
 
 class Recorder:
-    """Looks at the queries and keys of every layer and drops nothing; stands where a press would.
+    """Looks at the queries and keys of every layer, as the listener of its cache layers.
 
     Args:
         what: of WHAT.
@@ -24,10 +24,6 @@ class Recorder:
     Raises:
         OptionError: an unknown name.
     """
-
-    drops_keys: ClassVar[bool] = False
-    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
-    name: ClassVar[str] = "recorder"
 
     def __init__(self, what: Iterable[str], sinks: int = 4) -> None:
         self.what = tuple(what)
@@ -40,11 +36,7 @@ class Recorder:
         self._duo: dict[int, list[Tensor]] = {}
         self._heads: dict[int, int] = {}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Its options."""
-        return {"name": self.name, "what": list(self.what)}
-
-    def after(self, call: LayerCall) -> None:
+    def note(self, call: LayerCall) -> None:
         """Take note of one text of one row, read in one pass."""
         positions = torch.arange(call.first, call.seen, device=call.q.device)
         index = call.index
@@ -60,9 +52,6 @@ class Recorder:
             scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
             score = retrieval_scores(plain.mean(1)[None], keys.mean(1), call.rope, scale)
             self._duo.setdefault(index, []).append(score[0].cpu())
-
-    def after_pass(self, passed: Any) -> None:
-        """Nothing."""
 
     def tensors(self, layers: int) -> dict[str, Tensor]:
         """What was learnt, float32 on the CPU; rows of layers that keep no positions are zero.
@@ -125,6 +114,8 @@ def _filter(moments: _Moments, heads: int) -> Tensor:
     """[Hkv, D]: against the first principal direction of each query head, mean over the group; keys that lie on the queries'
     side then have -f . k > 0.
     """
-    direction = torch.linalg.eigh(moments.second()).eigenvectors[..., -1]
+    direction: Tensor = torch.linalg.eigh(moments.second()).eigenvectors[..., -1]
     side = (direction * moments.mean).sum(-1, keepdim=True).sign()
-    return -(direction * torch.where(side == 0, 1.0, side)).unflatten(0, (heads, -1)).mean(1)
+    turned: Tensor = direction * torch.where(side == 0, 1.0, side)
+    mean: Tensor = turned.unflatten(0, (heads, -1)).mean(1)
+    return -mean

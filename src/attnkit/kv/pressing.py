@@ -72,7 +72,7 @@ class Press:
     schedule: Schedule = field(default_factory=AfterPrefill)
     buffer: int = 256
     spec: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # may hold lists
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
