@@ -212,3 +212,18 @@ def test_messages():
     other = inference.apply(model, inference.Policy(cache="random"))
     with torch.no_grad(), other, pytest.raises(PolicyError, match="needs a cache of its own"):
         model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize(("codec", "error"), [("raw", 1e-5), ("int8", 0.02), ("int4", 0.3), ("fp8", 0.12)])
+@pytest.mark.parametrize("spec", ["dense", "adakv:knorm"])
+def test_codecs_are_close_to_what_they_store(codec, error, spec):
+    model = tiny_model("llama")
+    ids, mask = ids_of()
+    policy = spec if spec == "dense" else inference.Policy(cache=kv.press(spec, ratio=0.5))
+    pieces = (PROMPT, 20, *[1] * (MORE - 20))
+    plain, _, _ = run(model, policy, ids, mask, pieces)
+    coded, cache, _ = run(model, policy, ids, mask, pieces, codec=codec, page_size=16)
+    assert all(layer.pages is not None for layer in cache.kv_layers)
+    difference = float((coded - plain).square().mean().sqrt() / plain.std())
+    assert difference <= error
+    assert (difference > 1e-4) is (codec != "raw")

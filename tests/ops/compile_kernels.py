@@ -14,6 +14,7 @@ from attnkit.ops._attention_core._triton import backward, forward
 from attnkit.ops._chunkwise_core._triton import gates, gradients, outputs, states
 from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
+from attnkit.ops.expected_attention._triton import kernels as expected
 
 # what a pointer of this name points to; "input" stands for the type of q
 POINTERS = {
@@ -116,6 +117,17 @@ STEPS = tuple(
     (dtype, {"GATES": gates, "NORMALIZE": gates != "decay", "GROUP": 2, "BLOCK_G": 2, "BLOCK_D": 64, "BLOCK_V": 32})
     for dtype, gates in (("bf16", "exp"), ("fp16", "sigmoid"), ("fp32", "decay"))
 )
+EXPECTED_POINTERS = {"x": "input", "v": "input", "second": "input", "rest": "input", "scored": "u8"}
+EXPECTED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # the type of keys, what differs, absent pointers
+    ("bf16", {}, ()),
+    ("fp16", {"BLOCK_C": 32, "LINEAR": False, "SCORED": False, "NORM": "output"}, ("first", "scored", "v")),
+    ("fp32", {"BLOCK_C": 32, "SPLIT": False, "GROUP": 1, "NORM": "none"}, ("rest", "unit", "v", "norms")),
+    ("bf16", {"SQUARE": False, "SPLIT": False}, ("second", "rest", "unit", "norms")),
+)
+EXPECTED_FLAGS: dict[str, Any] = {
+    "LINEAR": True, "SQUARE": True, "SPLIT": True, "SCORED": True, "PRECISION": "ieee", "NORM": "l2", "GROUP": 4, "BLOCK_N": 64,
+    "BLOCK_D": 64, "BLOCK_C": 64, "BLOCK_P": 256,
+}  # fmt: skip
 WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 
@@ -153,6 +165,21 @@ def _compile_chunks(
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def _compile_expected(kernel: Any, dtype: str, changes: dict[str, Any], absent: tuple[str, ...], capability: int) -> None:
+    flags, signature, constants = EXPECTED_FLAGS | changes, {}, {}
+    numbers = kernel.arg_names[kernel.arg_names.index("num_keys") :]
+    if kernel is expected.weigh:
+        absent = tuple(name for name in absent if name != "scored")
+    for name in kernel.arg_names:
+        if name in flags or name in absent:
+            signature[name], constants[name] = "constexpr", flags.get(name)
+        elif name in numbers:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        else:
+            signature[name] = "*" + EXPECTED_POINTERS.get(name, "fp32").replace("input", dtype)
+    triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
 if __name__ == "__main__":
     count = 0
     for capability in (80, 90):
@@ -174,4 +201,8 @@ if __name__ == "__main__":
         for dtype, flags in STEPS:
             _compile(step, dtype, flags, capability)
             count += 1
+        for kernel in (expected.quadratic, expected.weigh):
+            for variant in EXPECTED:
+                _compile_expected(kernel, *variant, capability)
+                count += 1
     print(f"{count} variants compiled")

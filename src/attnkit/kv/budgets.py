@@ -40,11 +40,6 @@ def kept_of(lengths: int | Tensor, ratio: float) -> int | Tensor:
     return torch.where(lengths > 0, (lengths.double() * (1 - ratio)).floor().long().clamp(min=1), 0)
 
 
-def each(kept: int | Tensor, scores: Tensor) -> Tensor:
-    """`kept` as [B, Hkv] int64."""
-    return torch.full(scores.shape[:2], kept, device=scores.device) if isinstance(kept, int) else kept
-
-
 @dataclass(frozen=True)
 class Uniform:
     """Every head keeps the same share."""
@@ -75,7 +70,11 @@ class HeadAdaptive:
     def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
         """[B, Hkv] int64, in sum what `kept` is."""
         del ctx
-        kept = each(kept, scores)
+        if isinstance(kept, int):  # no head has gaps
+            sure = scores.topk(min(max(1, int(kept * self.alpha)), kept), dim=-1).indices
+            guarded = scores.scatter(-1, sure, torch.inf).flatten(1)
+            head = guarded.topk(kept * scores.shape[1], dim=-1).indices // scores.shape[-1]
+            return torch.zeros_like(scores[..., 0], dtype=torch.long).scatter_add_(-1, head, torch.ones_like(head))
         size = scores.shape[-1]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))

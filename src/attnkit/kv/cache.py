@@ -18,8 +18,10 @@ from attnkit.kv.storage import copied, storages  # noqa: E402
 __all__ = ["CODECS", "KVCache"]
 
 CODECS: Registry[Codec] = Registry("codec")
-for _name, _codec in {"raw": Raw(), "int8": IntN(8), "int4": IntN(4), "fp8": FP8()}.items():
-    CODECS.register(_name, _codec)
+CODECS.register("raw", Raw())
+CODECS.register("int8", IntN(bits=8))
+CODECS.register("int4", IntN(bits=4))
+CODECS.register("fp8", FP8())
 
 
 class KVCache(Cache):

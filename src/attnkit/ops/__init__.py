@@ -14,6 +14,8 @@ from attnkit.ops.attention.api import attention, query_sparse_attention
 from attnkit.ops.entmax.api import entmax, entmax15, entmax_loss, entmax_threshold, sparsemax
 from attnkit.ops.entmax_attention.api import EntmaxAttentionResult, entmax_attention
 from attnkit.ops.entmax_attention.sparsity import attention_sparsity
+from attnkit.ops.expected_attention.api import expected_attention_scores
+from attnkit.ops.expected_attention.moments import future_query_moments
 from attnkit.ops.indexed.api import hash_sparse_attention, indexed_attention, qk_sparse_attention
 from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
@@ -37,7 +39,9 @@ __all__ = [
     "entmax_attention",
     "entmax_loss",
     "entmax_threshold",
+    "expected_attention_scores",
     "explain",
+    "future_query_moments",
     "hash_sparse_attention",
     "indexed_attention",
     "lightning_attention",
@@ -63,8 +67,10 @@ _SPECS = {
     "indexed.spec": ("indexed_attention", "qk_sparse_attention", "hash_sparse_attention"),
     "entmax.spec": ("entmax",),
     "entmax_attention.spec": ("entmax_attention",),
+    "expected_attention.spec": ("expected_attention_scores",),
     "mlstm.spec": ("mlstm",),
     "mlstm.step_spec": ("mlstm_step",),
+    "ragged_decode.spec": ("ragged_decode_attention",),
     "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention", "scalar_decay_step"),
 }
 

@@ -180,7 +180,9 @@ def encoder(gains: dict[int, list[float]]) -> Any:
 
 def test_the_verdict_on_encoders() -> None:
     assert encoder({64: [0.0, 0.1], 128: [0.1, 0.2]}).outcome == "holds"
-    assert encoder({64: [-0.1, 0.0], 128: [0.1, 0.2]}).outcome == "holds in part"
-    assert encoder({64: [0.1, 0.1], 128: [0.3, -0.1]}).outcome == "undecided"
+    assert encoder({64: [0.1, 0.1], 128: [0.3, -0.1], 256: [0.0, -0.01]}).outcome == "holds"
+    assert encoder({64: [0.1, 0.1], 128: [0.3, -0.1], 256: [0.0, -0.02]}).outcome == "holds in part"
+    assert encoder({64: [-0.1, 0.0], 128: [0.1, 0.2]}).outcome == "undecided"
     assert encoder({64: [-0.1, 0.0], 128: [0.1, -0.2]}).outcome == "does not hold"
+    assert encoder({64: [0.0, 0.0], 128: [0.0, 0.0]}).outcome == "undecided"
     assert encoder({64: [0.1, 0.1], 128: [0.3]}).outcome == "undecided"

@@ -16,6 +16,7 @@ from attnkit.lab.claims.place import Place
 __all__ = ["CLAIM", "Sections", "sections"]
 
 _ASK = 256  # the token behind the bytes, where the class is due
+_BEHIND = 0.006  # by how much table 2 has entmax behind at its worst length
 _HELD_OUT = 4  # every so many modules of a package
 
 
@@ -43,7 +44,7 @@ class Settings:
     step_tokens: int = 65536
     steps: int = 150
     learning_rate: float = 1e-3
-    validation_rows: int = 32
+    validation_rows: int = 128
     seeds: tuple[int, ...] = (0, 1)
 
 
@@ -198,26 +199,26 @@ def _judge(settings: Settings, rows: Sequence[Row]) -> Verdict:
         numbers[f"gain at {length}"] = sum(gains[length]) / len(gains[length]) if gains[length] else None
     if any(len(of) < len(settings.seeds) for of in gains.values()):
         return Verdict("undecided", "Trainings with alpha 1 or 1.5 are missing.", numbers)
-    longest = gains[max(settings.lengths)]
     told = "; ".join(f"{name} {value:+.3f}" for name, value in numbers.items() if value is not None)
     reason = f"Share right with alpha 1.5 less that with softmax, mean of the seeds: {told}."
     means = [sum(of) / len(of) for of in gains.values()]
-    if min(means) >= 0 and min(longest) > 0:
-        return Verdict("holds", reason, numbers)
-    if max(means) < 0:
-        return Verdict("does not hold", reason, numbers)
-    return Verdict("holds in part" if min(longest) > 0 else "undecided", reason, numbers)
+    ahead = 2 * sum(mean > 0 for mean in means) > len(means)
+    behind = 2 * sum(mean < -_BEHIND for mean in means) > len(means)
+    if ahead:
+        return Verdict("holds" if min(means) >= -_BEHIND else "holds in part", reason, numbers)
+    return Verdict("does not hold" if behind else "undecided", reason, numbers)
 
 
 CLAIM = Claim(
     name="entmax-encoder",
     systems=(4,),
-    says="encoders with entmax classify long texts as well as with softmax or better, and gain with length",
+    says="encoders with entmax classify long texts better than with softmax at most lengths, and never much worse",
     source="Goncalves et al. 2025 (arXiv:2502.12082), table 2",
     protocol=(
         "Encoders from random weights tell from which package of Python's standard library a window of bytes is; every fourth "
-        "module is kept apart. It holds if alpha 1.5 is right at least as often as softmax at every length in the mean of the "
-        "seeds, and more often at the longest with every seed; in part if only the latter is so."
+        "module is kept apart. Compared is the share right in the mean of the seeds. It holds if alpha 1.5 is ahead of softmax at "
+        "most lengths and nowhere more than 0.006 behind, which is what table 2 shows (four lengths of five ahead, 0.6 points "
+        "behind at the fifth); in part if it is only ahead at most; it does not hold if it is further behind at most."
     ),
     minutes=2.5,
     device="cuda",

@@ -6,12 +6,13 @@ from typing import Any
 from torch import Tensor
 
 from attnkit._core.checks import accumulator_dtype
+from attnkit._core.devices import current
 from attnkit._core.library import define
 from attnkit.ops.ragged_decode import blockwise
 from attnkit.ops.ragged_decode.call import RaggedCall
 from attnkit.ops.ragged_decode.pages import KVPages
 
-__all__ = ["run_torch"]
+__all__ = ["run_torch", "run_triton"]
 
 _INPUTS = (
     "Tensor q, Tensor keys, Tensor values, Tensor table, Tensor lengths, Tensor? tail_keys, Tensor? tail_values, "
@@ -24,6 +25,13 @@ Result = tuple[Tensor, Tensor]
 
 def _torch(q: Tensor, *rest: Any) -> Result:
     return blockwise.attend(q, KVPages(*rest[:_PARTS]), *rest[_PARTS:])
+
+
+def _triton(q: Tensor, *rest: Any) -> Result:
+    from attnkit.ops.ragged_decode._triton import launch  # Triton loads when a kernel runs
+
+    with current(q.device):
+        return launch.run(q, KVPages(*rest[:_PARTS]), *rest[_PARTS:])
 
 
 def _fake(q: Tensor, *rest: Any) -> Result:
@@ -47,3 +55,4 @@ def _runner(name: str, run: Callable[..., Result]) -> Callable[[RaggedCall], Res
 
 
 run_torch = _runner("ragged_decode_attention", _torch)
+run_triton = _runner("ragged_decode_attention_triton", _triton)

@@ -53,7 +53,7 @@ def attend(
     lse = (top + total.masked_fill(empty, 1).log()).masked_fill(empty, -torch.inf)
     back = order.argsort()
     shape = (batch, kv_heads, num_q, group)
-    out = out[back].view(*shape, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    out = out[back].view(*shape, out.shape[-1]).permute(0, 2, 1, 3, 4).flatten(2, 3)
     return out.to(out_dtype).contiguous(), lse[back].view(shape).permute(0, 2, 1, 3).flatten(2, 3).contiguous()
 
 

@@ -7,13 +7,17 @@ from attnkit._core.checks import accumulator_dtype
 from attnkit.ops.attention.reference import MAX_PAIRS
 from attnkit.ops.ragged_decode.call import RaggedCall
 
-__all__ = ["reference", "reference_refuses"]
+__all__ = ["dense", "reference", "reference_refuses"]
 
 
 def reference(call: RaggedCall) -> tuple[Tensor, Tensor]:
     """The defining formula; in 16 bits the naive form, which decodes to q's dtype (see `attention.reference`)."""
+    return dense(call, *call.pages.materialize(call.q.dtype))
+
+
+def dense(call: RaggedCall, keys: Tensor, values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The same on what `KVPages.materialize` returns."""
     q, acc = call.q, accumulator_dtype(call.q.dtype)
-    keys, values, seen = call.pages.materialize(q.dtype)
     bias = call.pages.materialize_bias()
     group = q.shape[2] // keys.shape[1]
     keys, values, seen = (t.repeat_interleave(group, 1) for t in (keys, values, seen))

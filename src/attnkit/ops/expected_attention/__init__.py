@@ -1,0 +1,1 @@
+"""Expected attention: what attention cached keys will get from queries that have not come yet."""

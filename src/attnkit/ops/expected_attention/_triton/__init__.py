@@ -1,0 +1,1 @@
+"""Kernels of expected attention; loading this loads Triton."""

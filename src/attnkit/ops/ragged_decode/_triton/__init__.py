@@ -1,0 +1,1 @@
+"""Kernels of ragged decode attention; loading this loads Triton."""
