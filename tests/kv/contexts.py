@@ -1,5 +1,6 @@
 """Layers of the cache at the moment of compression, made of a tiny Llama's attention and random hidden states."""
 
+import copy
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 from attnkit.inference.rope import RopeSpec
 from attnkit.kv.context import ScoreContext, Stored
 
-__all__ = ["WIDTH", "Attention", "context", "rows"]
+__all__ = ["WIDTH", "Attention", "attention", "context", "permuted", "rows"]
 
 WIDTH = 24
 
@@ -27,6 +28,7 @@ class Attention:
 
     def __init__(self, heads: int = 4, kv_heads: int = 2, dim: int = 8, *, layers: int = 3, index: int = 1) -> None:
         config = LlamaConfig(
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1 - 0.9 * (dim % 2) / dim},
             hidden_size=WIDTH,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -36,9 +38,8 @@ class Attention:
         )
         torch.manual_seed(100 * heads + 10 * kv_heads + dim)
         self.module: Any = LlamaAttention(config, index).eval().requires_grad_(False)
-        even = config if dim % 2 == 0 else LlamaConfig(hidden_size=WIDTH, num_attention_heads=heads, head_dim=dim - 1)
-        self.rope = RopeSpec.from_config(even)
-        self.module.rotary_emb = LlamaRotaryEmbedding(even)
+        self.rope = RopeSpec.from_config(config)
+        self.module.rotary_emb = LlamaRotaryEmbedding(config)
         self.heads, self.kv_heads, self.dim, self.layers, self.index = heads, kv_heads, dim, layers, index
 
     def heads_of(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,8 +124,14 @@ def permuted(ctx: ScoreContext, order: list[int]) -> ScoreContext:
     """The same layer with its key heads, and the query heads that go with them, in another order."""
     stored = ctx.stored
     groups = [head * ctx.groups + place for head in order for place in range(ctx.groups)]
+    module = copy.deepcopy(ctx.module)
+    for name, heads in (("q_proj", groups), ("k_proj", order), ("v_proj", order)):
+        projection = getattr(module, name)
+        projection.weight.data = projection.weight.unflatten(0, (len(heads), -1))[heads].flatten(0, 1)
+    module.o_proj.weight.data = module.o_proj.weight.unflatten(1, (len(groups), -1))[:, groups].flatten(1)
     return replace(
         ctx,
         stored=replace(stored, keys=stored.keys[:, order], values=stored.values[:, order]),
         queries=ctx.queries[:, groups],
+        module=module,
     )

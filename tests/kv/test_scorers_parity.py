@@ -1,20 +1,17 @@
 """Scores that kvpress computes too, on the same tensors."""
 
-import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from contexts import attention, context, rows
+from contexts import context, rows
 from kvpress_peer import peer, peer_scores
 from torch import Tensor
 
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import MUST_STAY
 from attnkit.kv.pressing import Press, press
-from attnkit.kv.registry import BASES
 from attnkit.kv.scorers import leverage, load
 
 load()

@@ -79,7 +79,8 @@ class HeadAdaptive:
         order = scores.argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
         safe = (kept.double() * self.alpha).long().clamp(min=1)[..., None]
-        guarded = scores.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
+        finite = scores.clamp(max=torch.finfo(torch.float32).max)  # "must stay" comes after what a head is sure of
+        guarded = finite.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
         flat = guarded.flatten(1)
         joint = flat.argsort(dim=-1, descending=True, stable=True)
         total = kept.sum(-1, keepdim=True)

@@ -1,6 +1,6 @@
 """What a press may look at when it decides which keys stay."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -136,6 +136,24 @@ class ScoreContext:
         if real is None:
             return torch.arange(self.stored.shape[2], device=self.stored.keys.device)[None, None]
         return (real.cumsum(-1) - 1).masked_fill(~real, -1)
+
+    def restricted(self, index: Tensor, live: Tensor) -> "ScoreContext":
+        """The layer with some of its tokens only.
+
+        Args:
+            index: [B, Hkv, M] int64 into the stored tokens, ascending.
+            live: [B, Hkv, M] bool, which entries of `index` count.
+        """
+        stored = self.stored
+        heads = index.shape[1]
+        some = Stored(
+            keys=stored.keys.gather(2, index[..., None].expand(-1, -1, -1, stored.keys.shape[-1])),
+            values=stored.values.gather(2, index[..., None].expand(-1, -1, -1, stored.values.shape[-1])),
+            positions=stored.positions.expand(-1, heads, -1).gather(-1, index),
+            real=live,
+            bias=None if stored.bias is None else stored.bias.gather(-1, index),
+        )
+        return replace(self, stored=some)
 
     def mean_over_group(self, x: Tensor) -> Tensor:
         """[B, H, ...] -> [B, Hkv, ...]: the mean over the query heads that share a key head."""

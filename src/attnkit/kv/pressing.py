@@ -88,7 +88,7 @@ class Press:
     @property
     def needs(self) -> frozenset[str]:
         """What it needs of the model and of each pass."""
-        return frozenset(self.scorer.needs)
+        return frozenset(self.scorer.needs) | getattr(self.transform, "needs", frozenset())
 
     def to_dict(self) -> dict[str, Any]:
         """Name, ratio and options as plain values.

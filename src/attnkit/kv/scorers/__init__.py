@@ -11,5 +11,7 @@ _FILES = ("simple", "attention", "keys", "leverage", "protect", "critical", "pat
 @functools.cache
 def load() -> None:
     """Register every method."""
+    for name in ("chunks", "transforms"):
+        importlib.import_module(f"attnkit.kv.{name}")
     for name in _FILES:
         importlib.import_module(f"attnkit.kv.scorers.{name}")

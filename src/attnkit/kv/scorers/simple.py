@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attnkit.kv.context import ScoreContext
+from attnkit.kv.line import must_stay
 from attnkit.kv.registry import scorer
 
 __all__ = ["Knorm", "Random", "Streaming"]
@@ -18,7 +19,7 @@ class Random:
     """Uniform in [0, 1): what any other method has to beat.
 
     Args:
-        seed: of the generator; the same layer and length give the same scores.
+        seed: of the generator; a token's score depends on the layer, the head and its place among the head's real tokens.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -27,7 +28,10 @@ class Random:
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + ctx.index)
-        return torch.rand(ctx.stored.shape, generator=generator).to(ctx.stored.keys.device)
+        _, heads, size = ctx.stored.shape
+        draws = torch.rand(size, heads, generator=generator).to(ctx.stored.keys.device).mT
+        rank = ctx.rank.clamp(min=0).expand(ctx.stored.shape)
+        return draws.expand(rank.shape).gather(-1, rank)
 
 
 @scorer("knorm")
@@ -61,5 +65,4 @@ class Streaming:
 
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32: the rank, so that newer is worth more; sinks are worth most."""
-        rank = ctx.rank.float()
-        return torch.where(rank < self.sink, torch.inf, rank).expand(ctx.stored.shape)
+        return must_stay(ctx.rank.float().expand(ctx.stored.shape), ctx, sink=self.sink)
