@@ -2,7 +2,26 @@
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["FP8", "Chain", "Codec", "IntN", "KVCache", "KVLayer", "Press", "Raw", "methods", "press", "pressing"]
+__all__ = [
+    "FP8",
+    "Chain",
+    "Codec",
+    "CompactKeys",
+    "EvictedMoments",
+    "IntN",
+    "KVCache",
+    "KVLayer",
+    "Press",
+    "QueryMoments",
+    "Raw",
+    "evicted_moments",
+    "expected_attention_scores",
+    "match_attention",
+    "methods",
+    "moment_partial",
+    "press",
+    "pressing",
+]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
@@ -11,12 +30,19 @@ __getattr__, __dir__ = lazy_attributes(
         "FP8": "attnkit.kv.codecs",
         "Chain": "attnkit.kv.pressing",
         "Codec": "attnkit.kv.codecs",
+        "CompactKeys": "attnkit.kv.compaction",
+        "EvictedMoments": "attnkit.kv.compaction",
         "IntN": "attnkit.kv.codecs",
         "KVCache": "attnkit.kv.cache",
         "KVLayer": "attnkit.kv.layers",
         "Press": "attnkit.kv.pressing",
+        "QueryMoments": "attnkit.kv.moments",
         "Raw": "attnkit.kv.codecs",
+        "evicted_moments": "attnkit.kv.compaction",
+        "expected_attention_scores": "attnkit.kv.expected",
+        "match_attention": "attnkit.kv.compaction",
         "methods": "attnkit.kv.pressing",
+        "moment_partial": "attnkit.kv.compaction",
         "press": "attnkit.kv.pressing",
     },
 )

@@ -68,7 +68,7 @@ def scores_of(call: ExpectedCall, logits: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(values, dim=-1).repeat_interleave(group, 2)
     else:
         norm = torch.ones_like(prob)
-    scores = ((prob + call.eps) * norm).unflatten(2, (kv_heads, group)).mean(3)
+    scores: Tensor = ((prob + call.eps) * norm).unflatten(2, (kv_heads, group)).mean(3)
     if num_keys:
         top = scores.masked_fill(~scored, 0).amax((1, 2), keepdim=True) + 1
         scores = torch.where(sink, top, scores.masked_fill(~scored, -torch.inf))
