@@ -194,6 +194,7 @@ class Bridge:
             seen=seen,
             layer=layer,
             rope=self.rope,
+            turned=kwargs.get("position_ids"),
             module=module,
             hidden=self._forward.hidden,
         )

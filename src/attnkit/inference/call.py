@@ -57,6 +57,7 @@ class LayerCall:
         layer: the cache layer, where it knows positions and may drop keys; else None, and S equals `seen` in
             full-attention layers.
         rope: the rotary embedding in force, where the policy needs it.
+        turned: [B or 1, T] int64, the positions that q and the new keys were rotated to.
         module: the layer's attention module.
         hidden: [B, T, width], what went into it, where the cache method needs it.
     """
@@ -73,6 +74,7 @@ class LayerCall:
     seen: int
     layer: "KVLayer | None"
     rope: RopeSpec | None
+    turned: Tensor | None = None
     module: Any = None
     hidden: Tensor | None = None
 

@@ -35,6 +35,7 @@ class LayerCall(Protocol):
     Attributes:
         q: [B, T, H, D], the new queries, rotated.
         scale, softcap, padding, seen, first, layer, rope: as there.
+        turned: [B or 1, T] int64, the positions that the queries were rotated to.
         module: the layer's attention module.
         index: the layer's number.
         hidden: [B, T, width] what went into the attention module, where the press needs it.
@@ -45,6 +46,7 @@ class LayerCall(Protocol):
     softcap: float | None
     padding: Any
     seen: int
+    turned: Tensor | None
     layer: Any
     rope: Any
     module: Any
@@ -94,7 +96,9 @@ class ScoreContext:
         queries: [B, H, w, D], the newest w queries that were kept, rotated; w is at most what the press asked for.
         query_positions: [B or 1, w] int64, their places in their rows.
         query_real: [B, w] bool, which of them are real tokens; None when all are.
-        moments: running mean and covariance of unrotated queries (`attnkit.kv.moments.QueryMoments`), where asked for.
+        query_turned: [B or 1, w] int64, the positions that they were rotated to (padding is not counted, as a rule).
+        moments: mean and covariance of unrotated queries (`kv.moments.QueryMoments`), where asked for: of the context's,
+            while decoding of those that were kept.
         hidden: [B, w', width] what went into the attention module in the same passes, where asked for.
         seen: tokens that the row has seen (padding counted).
         index, layers: the layer's number, and how many there are.
@@ -111,6 +115,7 @@ class ScoreContext:
     queries: Tensor
     query_positions: Tensor
     query_real: Tensor | None
+    query_turned: Tensor
     moments: Any
     hidden: Tensor | None
     seen: int
@@ -128,6 +133,11 @@ class ScoreContext:
     def groups(self) -> int:
         """Query heads a key head."""
         return self.queries.shape[1] // self.stored.keys.shape[1]
+
+    @property
+    def next_turned(self) -> Tensor:
+        """[B or 1] int64: the position that the next query will be rotated to."""
+        return self.query_turned[:, -1] + 1
 
     @cached_property
     def rank(self) -> Tensor:

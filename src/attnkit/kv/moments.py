@@ -125,3 +125,10 @@ class QueryMoments:
         if correction not in (0, 1):
             raise OptionError(f"correction={correction} is not allowed; choose one of 0, 1")
         return self.spread / (self.count - correction).clamp(min=1)[:, None, None, None]
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "QueryMoments":
+        """The moments of a batch whose rows were reordered, repeated or selected."""
+        other = QueryMoments(sinks=self.sinks)
+        if self.seen is not None:
+            other.seen, other.count, other.mean, other.spread = map(change, (self.seen, self.count, self.mean, self.spread))
+        return other

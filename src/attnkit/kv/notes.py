@@ -1,6 +1,7 @@
 """What a press remembers of one layer between passes."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from attnkit._core.errors import InputError, PolicyError
 from attnkit.kv.context import LayerCall, ScoreContext
+from attnkit.kv.moments import QueryMoments
 
 if TYPE_CHECKING:
     from attnkit.kv.pressing import Press
@@ -32,6 +34,7 @@ class Notes:
     pending: Any = None
     queries: Tensor | None = None
     positions: Tensor | None = None
+    turned: Tensor | None = None
     real: Tensor | None = None
     hidden: Tensor | None = None
     moments: Any = None
@@ -60,10 +63,25 @@ class Notes:
         limit = press.buffer if self.prefilled else _prefill_window(press)
         self._buffer(call, new if limit is None else limit)
         if "moments" in press.needs:
-            from attnkit.kv.moments import note_moments
-
-            self.moments = note_moments(self.moments, call, press)
+            self._note_moments(call, press)
         return phase
+
+    def _note_moments(self, call: LayerCall, press: "Press") -> None:
+        if self.prefilled:  # while decoding the newest queries count, see `context`
+            return
+        if self.moments is None:
+            self.moments = QueryMoments(sinks=int(getattr(press.scorer, "sinks", 4)))
+        real = None if call.padding is None else call.padding.mask[:, call.first : call.seen].bool()
+        places = _turned(call).expand(call.q.shape[0], -1)
+        self.moments.update(call.q.transpose(1, 2), positions=places, rotate=_rotation(call), real=real)
+
+    def _recent_moments(self, call: LayerCall) -> QueryMoments:
+        assert self.queries is not None
+        assert self.turned is not None
+        moments = QueryMoments(sinks=0)
+        places = self.turned.expand(self.queries.shape[0], -1)
+        moments.update(self.queries, positions=places, rotate=_rotation(call), real=self.real)
+        return moments
 
     def _buffer(self, call: LayerCall, limit: int) -> None:
         q = call.q.transpose(1, 2)
@@ -71,6 +89,7 @@ class Notes:
         real = None if call.padding is None else call.padding.mask[:, call.first : call.seen]
         self.queries = _newest(self.queries, q, limit, 2)
         self.positions = _newest(self.positions, positions, limit, 1)
+        self.turned = _newest(self.turned, _turned(call), limit, 1)
         if real is not None or self.real is not None:
             held = self.queries.shape[2]
             new = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device) if real is None else real.bool()
@@ -86,7 +105,7 @@ class Notes:
         del seen
         self.prefilled, self.since = True, 0
         del press
-        self.queries = self.positions = self.real = self.hidden = None
+        self.queries = self.positions = self.turned = self.real = self.hidden = None
         self.moments = None
 
     def context(self, call: LayerCall, press: "Press", phase: str) -> ScoreContext:
@@ -101,13 +120,16 @@ class Notes:
             )
         assert self.queries is not None
         assert self.positions is not None
+        assert self.turned is not None
+        wants = "moments" in press.needs
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         return ScoreContext(
             stored=call.layer.view(call.padding),
             queries=self.queries,
             query_positions=self.positions,
             query_real=self.real,
-            moments=self.moments,
+            query_turned=self.turned,
+            moments=self._recent_moments(call) if wants and phase == "decode" else self.moments,
             hidden=self.hidden,
             seen=call.seen,
             index=call.index,
@@ -123,22 +145,22 @@ class Notes:
 
     def copy(self) -> "Notes":
         """A copy that shares no tensor that changes."""
-        moments = None if self.moments is None else self.moments.copy()
-        return replace(self, moments=moments, memory=dict(self.memory))
+        return replace(self, moments=copy(self.moments), memory=dict(self.memory))
 
     def forget(self, count: int) -> None:
         """The newest `count` tokens are taken back: forget their queries."""
         self.since = max(self.since - count, 0)
-        for name, dim in (("queries", 2), ("positions", 1), ("real", 1), ("hidden", 1)):
+        for name, dim in (("queries", 2), ("positions", 1), ("turned", 1), ("real", 1), ("hidden", 1)):
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.narrow(dim, 0, max(held.shape[dim] - count, 0)))
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Reorder, repeat or select the rows of the batch."""
-        for name in ("queries", "real", "hidden"):
+        for name in ("queries", "turned", "real", "hidden"):
             value = getattr(self, name)
-            setattr(self, name, None if value is None else change(value))
+            alike = name == "turned" and value is not None and value.shape[0] == 1
+            setattr(self, name, value if value is None or alike else change(value))
         if self.moments is not None:
             self.moments = self.moments.rows(change)
         self.memory = {name: change(value) for name, value in self.memory.items()}
@@ -149,6 +171,17 @@ def _prefill_window(press: "Press") -> int | None:
     if press.needs & {"queries", "hidden"}:
         return None
     return int(getattr(press.scorer, "window", 1))
+
+
+def _turned(call: LayerCall) -> Tensor:
+    """[B or 1, T] int64; what the model was not told it counts itself."""
+    counted = torch.arange(call.first, call.seen, device=call.q.device)[None]
+    return counted if call.turned is None else call.turned
+
+
+def _rotation(call: LayerCall) -> Callable[[Tensor, Tensor], Tensor] | None:
+    rope = call.rope
+    return lambda x, places: rope.rotate(x.transpose(1, 2), places).transpose(1, 2)
 
 
 def _newest(old: Tensor | None, new: Tensor, limit: int, dim: int) -> Tensor:

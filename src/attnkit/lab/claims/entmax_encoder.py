@@ -216,9 +216,9 @@ CLAIM = Claim(
     source="Goncalves et al. 2025 (arXiv:2502.12082), table 2",
     protocol=(
         "Encoders from random weights tell from which package of Python's standard library a window of bytes is; every fourth "
-        "module is kept apart. Compared is the share right in the mean of the seeds. It holds if alpha 1.5 is ahead of softmax at "
-        "most lengths and nowhere more than 0.006 behind, which is what table 2 shows (four lengths of five ahead, 0.6 points "
-        "behind at the fifth); in part if it is only ahead at most; it does not hold if it is further behind at most."
+        "module is kept apart. Compared is the share right in the mean of the seeds. It holds if alpha 1.5 is ahead of softmax "
+        "at most lengths and nowhere more than 0.006 behind, which is what table 2 shows (ahead at four lengths of five, 0.6 "
+        "points behind at the fifth); in part if it is only ahead at most; not if it is further behind at most."
     ),
     minutes=2.5,
     device="cuda",
