@@ -12,6 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 from attnkit.inference.rope import RopeSpec
 from attnkit.kv.context import ScoreContext, Stored
+from attnkit.kv.moments import QueryMoments
 
 __all__ = ["WIDTH", "Attention", "attention", "context", "permuted", "rows"]
 
@@ -102,7 +103,8 @@ def context(
         queries=q[:, :, size - kept :],
         query_positions=index[:1, size - kept :],
         query_real=real[:, size - kept :] if some else None,
-        moments=_moments(layer, q, index, real),
+        query_turned=(index - pads[:, None]).clamp(min=0)[:, size - kept :],
+        moments=_moments(layer, q, (index - pads[:, None]).clamp(min=0), real),
         hidden=padded,
         seen=size,
         index=layer.index,
@@ -116,8 +118,12 @@ def context(
     )
 
 
-def _moments(layer: Attention, q: Tensor, index: Tensor, real: Tensor) -> Any:
-    return None
+def _moments(layer: Attention, q: Tensor, places: Tensor, real: Tensor) -> QueryMoments:
+    moments = QueryMoments()
+    moments.update(
+        q, positions=places, rotate=lambda x, at: layer.rope.rotate(x.transpose(1, 2), at).transpose(1, 2), real=real
+    )
+    return moments
 
 
 def permuted(ctx: ScoreContext, order: list[int]) -> ScoreContext:
@@ -129,8 +135,11 @@ def permuted(ctx: ScoreContext, order: list[int]) -> ScoreContext:
         projection = getattr(module, name)
         projection.weight.data = projection.weight.unflatten(0, (len(heads), -1))[heads].flatten(0, 1)
     module.o_proj.weight.data = module.o_proj.weight.unflatten(1, (len(groups), -1))[:, groups].flatten(1)
+    moments = copy.copy(ctx.moments)
+    moments.mean, moments.spread = moments.mean[:, groups], moments.spread[:, groups]
     return replace(
         ctx,
+        moments=moments,
         stored=replace(stored, keys=stored.keys[:, order], values=stored.values[:, order]),
         queries=ctx.queries[:, groups],
         module=module,

@@ -134,7 +134,7 @@ def test_dms_keeps_what_theirs_keeps(threshold):
     their.forward_hook(ctx.module, [], kwargs, [None, None])
     kept = torch.ones(ctx.stored.shape, dtype=torch.bool)
     kept[tuple(ctx.module.masked_key_indices)] = False
-    assert torch.equal(ours_keep(press("dms:knorm", threshold=threshold, recent=9), ctx), kept)
+    assert torch.equal(ours_keep(press("dms:knorm", threshold=threshold, sliding_window=9), ctx), kept)
     assert 0.1 < kept.float().mean() < 0.9
 
 

@@ -40,6 +40,11 @@ def kept_of(lengths: int | Tensor, ratio: float) -> int | Tensor:
     return torch.where(lengths > 0, (lengths.double() * (1 - ratio)).floor().long().clamp(min=1), 0)
 
 
+def each(kept: int | Tensor, scores: Tensor) -> Tensor:
+    """`kept` as [B, Hkv] int64."""
+    return torch.full(scores.shape[:2], kept, device=scores.device) if isinstance(kept, int) else kept
+
+
 @dataclass(frozen=True)
 class Uniform:
     """Every head keeps the same share."""

@@ -101,8 +101,10 @@ def _asked(theirs: Any, ctx: ScoreContext) -> Iterator[tuple[Any, ...]]:
     if ctx.phase != "prefill" or ctx.hidden is None or ctx.hidden.shape[1] != size or ctx.rope is None:
         raise PolicyError(f"{name} wants the hidden states of all stored tokens; it works at the end of a prefill in one pass")
     rotary = _Rotary(ctx.rope)
-    positions = torch.arange(size, device=ctx.hidden.device)
-    kwargs = {"position_embeddings": rotary(ctx.hidden, positions[None]), "cache_position": positions}
+    kwargs = {
+        "position_embeddings": rotary(ctx.hidden, ctx.query_turned),
+        "cache_position": torch.arange(size, device=ctx.hidden.device),
+    }
     before = dict(vars(ctx.module))
     ctx.module.masked_key_indices = None
     if not hasattr(ctx.module, "rotary_emb"):

@@ -5,7 +5,19 @@ import importlib
 
 __all__ = ["load"]
 
-_FILES = ("simple", "attention", "keys", "leverage", "protect", "critical", "patterns", "gates", "replay", "gradient")
+_FILES = (
+    "simple",
+    "attention",
+    "keys",
+    "leverage",
+    "protect",
+    "critical",
+    "patterns",
+    "gates",
+    "replay",
+    "gradient",
+    "matching",
+)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Selection in two stages: by the base score, then by what a value writes into the residual stream."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from attnkit._core.errors import OptionError
 from attnkit.kv.budgets import HeadAdaptive, each
+from attnkit.kv.chunks import selecting
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import MUST_STAY
 from attnkit.kv.projection import output_norms
 from attnkit.kv.registry import wrapper
-from attnkit.kv.selectors import Kept, Selector, TopK
+from attnkit.kv.selectors import Kept, best
 
 __all__ = ["TwoStage"]
 
@@ -27,13 +28,11 @@ class TwoStage:
     Args:
         first: the share that the base score decides, 0 to 1; at least one key where it is not 0.
         epsilon: added to s.
-        inner: makes the choice from the scores of both stages.
     Source: Feng et al. 2025 (CriticalKV), arXiv:2502.03805.
     """
 
     first: float = 0.5
     epsilon: float = 1e-4
-    inner: Selector = field(default_factory=TopK)
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= 1:
@@ -43,6 +42,7 @@ class TwoStage:
 
     def select(self, ctx: ScoreContext, scores: Tensor, counts: int | Tensor, scorer: Any) -> Kept:
         """Those of the first stage, and the best of the second."""
+        del scorer
         sure = (each(counts, scores).double() * self.first).long()
         if self.first:
             sure = sure.clamp(min=1)
@@ -51,14 +51,14 @@ class TwoStage:
         chosen = torch.zeros_like(chosen).scatter(-1, order, chosen)
         norms = ctx.mean_over_group(output_norms(ctx.stored.values, ctx.module, ctx.queries.shape[1], order=1))
         second = torch.where(scores >= MUST_STAY, scores, (scores + self.epsilon) * norms).masked_fill(chosen, torch.inf)
-        return self.inner.select(ctx, second.masked_fill(scores == -torch.inf, -torch.inf), counts, scorer)
+        return best(second.masked_fill(scores == -torch.inf, -torch.inf), counts)
 
 
 @wrapper("criticalkv")
 def _criticalkv(press: Any, first: float = 0.5, epsilon: float = 1e-4) -> Any:
-    return replace(press, selector=TwoStage(first, epsilon, press.selector))
+    return selecting(press, TwoStage(first, epsilon))
 
 
 @wrapper("critical_adakv")
 def _critical_adakv(press: Any, alpha: float = 0.2, first: float = 0.5, epsilon: float = 1e-4) -> Any:
-    return replace(press, budget=HeadAdaptive(alpha), selector=TwoStage(first, epsilon, press.selector))
+    return replace(selecting(press, TwoStage(first, epsilon)), budget=HeadAdaptive(alpha))

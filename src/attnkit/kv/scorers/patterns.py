@@ -100,27 +100,27 @@ class LazyLayers:
 
 
 @base("simlayerkv")
-def _simlayerkv(threshold: float = 0.9, initial: int = 4, recent: int = 1024, window: int = 1) -> Press:
+def _simlayerkv(lazy: float = 0.9, initial: int = 4, recent: int = 1024, window: int = 1) -> Press:
     """Lazy layers keep the first and the newest tokens, the others everything.
 
-    A layer is lazy where the newest queries give more than `threshold` of their attention (mean over heads and queries) to
+    A layer is lazy where the newest queries give more than `lazy` of their attention (mean over heads and queries) to
     these tokens. Each row of a batch decides for itself, and the queries' own keys count among the newest. How much is
     removed follows from the text; the ratio is not used.
 
     Args:
-        threshold: 0 to 1; at 1 no layer is lazy. Published: 0.9 for Llama 3, 0.65 Llama 2, 0.8 Mistral, 0.85 Qwen.
+        lazy: 0 to 1; at 1 no layer is lazy. Published: 0.9 for Llama 3, 0.65 Llama 2, 0.8 Mistral, 0.85 Qwen.
         initial, recent: tokens at both ends.
         window: newest queries that are looked at.
     Source: Zhang et al. 2024 (SimLayerKV), arXiv:2410.13846.
     """
-    if not 0 <= threshold <= 1:
-        raise OptionError(f"threshold={threshold} is not allowed; it is a share of attention, from 0 to 1")
+    if not 0 <= lazy <= 1:
+        raise OptionError(f"lazy={lazy} is not allowed; it is a share of attention, from 0 to 1")
     for name, value in (("initial", initial), ("recent", recent)):
         if value < 0:
             raise OptionError(f"{name}={value} is not allowed; it counts tokens, 0 or more")
     if window < 1:
         raise OptionError(f"window={window} is not allowed; it counts queries, 1 or more")
-    return Press(Ends(initial, window), budget=LazyLayers(threshold, initial, recent, window))
+    return Press(Ends(initial, window), budget=LazyLayers(lazy, initial, recent, window))
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,9 @@ def _of_prompt(ctx: ScoreContext) -> Tensor:
     if ctx.rope is None:
         raise PolicyError("duo_attention without a pattern needs the model's rotation")
     stored = ctx.stored
-    keys = ctx.rope.rotate(stored.keys.float().transpose(1, 2), -stored.positions[:, 0]).transpose(1, 2)
+    # keys and queries of a row were rotated to positions that differ from their places by the same number
+    places = stored.positions[:, 0] + (ctx.query_turned[:, -1:] - ctx.query_positions[:, -1:])
+    keys = ctx.rope.rotate(stored.keys.float().transpose(1, 2), -places).transpose(1, 2)
     real = torch.ones(stored.shape[::2], device=keys.device) if stored.real is None else stored.real[:, 0].float()
     mean_key = (keys * real[:, None, :, None]).sum(2) / real.sum(-1).clamp(min=1)[:, None, None]
     return retrieval_scores(ctx.moments.mean, mean_key, ctx.rope, ctx.scale)

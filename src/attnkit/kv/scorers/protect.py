@@ -56,7 +56,7 @@ def _lukv(press: Any, curves: str | None = None, keep_first: int = 4, keep_last:
 
 
 @wrapper("dms")
-def _dms(press: Any, threshold: float | None = None, recent: int = 128, interval: int = 64) -> Any:
+def _dms(press: Any, threshold: float | None = None, sliding_window: int = 128, interval: int = 64) -> Any:
     """Tokens whose score is below a threshold go once they have left the recent window, in prefill and decoding.
 
     How much that removes follows from the text; the ratio is not used. This is the rule of inference with any scorer;
@@ -65,14 +65,14 @@ def _dms(press: Any, threshold: float | None = None, recent: int = 128, interval
     Args:
         press: gives the scores.
         threshold: what a score must reach; its scale is the scorer's.
-        recent: newest tokens that stay.
+        sliding_window: newest tokens that stay.
         interval: tokens of decoding between two looks; between them, tokens stay longer than they must.
     Source: Lancucki et al. 2025 (DMS), arXiv:2506.05345.
     """
     if threshold is None:
         raise OptionError("dms needs threshold, the lowest score that stays; its scale is the scorer's")
-    if recent < 1:
-        raise OptionError(f"recent={recent} is not allowed; it counts tokens, 1 or more")
+    if sliding_window < 1:
+        raise OptionError(f"sliding_window={sliding_window} is not allowed; it counts tokens, 1 or more")
     schedule = PrefillAndEvery(interval)
-    budget, scorer = Threshold(threshold), Protected(press.scorer, 0, recent)
+    budget, scorer = Threshold(threshold), Protected(press.scorer, 0, sliding_window)
     return replace(press, scorer=scorer, budget=budget, schedule=schedule, buffer=max(press.buffer, interval))
