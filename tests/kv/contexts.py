@@ -78,6 +78,7 @@ def context(
     phase: str = "prefill",
     pad: int = 0,
     rope: bool = True,
+    sinks: int = 4,
 ) -> ScoreContext:
     """A layer that has just read these rows.
 
@@ -88,6 +89,7 @@ def context(
         queries: newest queries that were kept; None is all.
         pad: padding in front of every row beside that.
         rope: whether the context has the rotation.
+        sinks: first tokens of each row whose queries are not in the moments, in a prefill.
     """
     layer = layer or attention()
     size = max(len(row) for row in hidden) + pad
@@ -95,7 +97,8 @@ def context(
     padded = torch.stack([torch.cat([50 * torch.ones(size - len(row), WIDTH).to(row), row]) for row in hidden])
     index = torch.arange(size).expand(len(hidden), -1)
     real = index >= pads[:, None]
-    q, k, v = layer.heads_of(padded, (index - pads[:, None]).clamp(min=0))
+    turned = index - pads[:, None]
+    q, k, v = layer.heads_of(padded, turned)
     kept = size if queries is None else min(queries, size)
     some = bool((pads > 0).any())
     return ScoreContext(
@@ -103,8 +106,10 @@ def context(
         queries=q[:, :, size - kept :],
         query_positions=index[:1, size - kept :],
         query_real=real[:, size - kept :] if some else None,
-        query_turned=(index - pads[:, None]).clamp(min=0)[:, size - kept :],
-        moments=_moments(layer, q, (index - pads[:, None]).clamp(min=0), real),
+        query_turned=turned[:, size - kept :],
+        moments=_moments(
+            layer, q[:, :, size - kept :], turned[:, size - kept :], real[:, size - kept :], sinks * (phase == "prefill")
+        ),
         hidden=padded,
         seen=size,
         index=layer.index,
@@ -118,11 +123,10 @@ def context(
     )
 
 
-def _moments(layer: Attention, q: Tensor, places: Tensor, real: Tensor) -> QueryMoments:
-    moments = QueryMoments()
-    moments.update(
-        q, positions=places, rotate=lambda x, at: layer.rope.rotate(x.transpose(1, 2), at).transpose(1, 2), real=real
-    )
+def _moments(layer: Attention, q: Tensor, turned: Tensor, real: Tensor, sinks: int) -> QueryMoments:
+    moments = QueryMoments(sinks=sinks)
+    rotate = layer.rope.rotate
+    moments.update(q, positions=turned, rotate=lambda x, p: rotate(x.transpose(1, 2), p).transpose(1, 2), real=real)
     return moments
 
 
@@ -130,17 +134,16 @@ def permuted(ctx: ScoreContext, order: list[int]) -> ScoreContext:
     """The same layer with its key heads, and the query heads that go with them, in another order."""
     stored = ctx.stored
     groups = [head * ctx.groups + place for head in order for place in range(ctx.groups)]
-    module = copy.deepcopy(ctx.module)
+    module, moments = copy.deepcopy(ctx.module), copy.copy(ctx.moments)
+    moments.mean, moments.spread = moments.mean[:, groups], moments.spread[:, groups]
     for name, heads in (("q_proj", groups), ("k_proj", order), ("v_proj", order)):
         projection = getattr(module, name)
         projection.weight.data = projection.weight.unflatten(0, (len(heads), -1))[heads].flatten(0, 1)
     module.o_proj.weight.data = module.o_proj.weight.unflatten(1, (len(groups), -1))[:, groups].flatten(1)
-    moments = copy.copy(ctx.moments)
-    moments.mean, moments.spread = moments.mean[:, groups], moments.spread[:, groups]
     return replace(
         ctx,
-        moments=moments,
         stored=replace(stored, keys=stored.keys[:, order], values=stored.values[:, order]),
         queries=ctx.queries[:, groups],
+        moments=moments,
         module=module,
     )

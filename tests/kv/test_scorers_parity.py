@@ -1,12 +1,14 @@
 """Scores that kvpress computes too, on the same tensors."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contexts import context, rows
 from kvpress_peer import peer, peer_scores
+from safetensors.torch import save_file
 from torch import Tensor
 
 from attnkit.kv.context import ScoreContext
@@ -29,6 +31,16 @@ SAME: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], int]] = {
     "leverage": ("leverage_score", {}, "LeverageScorePress", {}, 61),
     "compactor": ("compactor", {"chunk": 16, "ratio": 0.3}, "CompactorPress", {"chunk_size": 16}, 76),
     "compactor-blend": ("compactor", {"chunk": 8, "blending": 0.9}, "CompactorPress", {"chunk_size": 8, "blending": 0.9}, 60),
+    "expected": ("expected_attention", {"rope": "mean"}, "ExpectedAttentionPress", {}, 61),
+    "expected-eps": ("expected_attention", {"rope": "mean", "eps": 0.02}, "ExpectedAttentionPress", {"epsilon": 0.02}, 61),
+    "expected-mean": (
+        "expected_attention",
+        {"rope": "mean", "covariance": False, "value_norm": "none", "horizon": 40, "sinks": 2},
+        "ExpectedAttentionPress",
+        {"use_covariance": False, "use_vnorm": False, "n_future_positions": 40, "n_sink": 2},
+        61,
+    ),
+    "capkv": ("capkv", {}, "CapPress", {}, 61),
     "cur": ("cur", {}, "CURPress", {}, 61),
     "cur-key": ("cur", {"leverage": "key"}, "CURPress", {"leverage_type": "key"}, 61),
     "cur-value": ("cur", {"leverage": "value", "local": 7}, "CURPress", {"leverage_type": "value", "local_window_size": 7}, 61),
@@ -83,7 +95,7 @@ def test_scores_are_those_of_kvpress(case: str, dtype: torch.dtype) -> None:
     made = press(name, **options)
     assert isinstance(made, Press)
     hidden = rows(length)
-    ctx = context(hidden, ratio=made.ratio)
+    ctx = context(hidden, ratio=made.ratio, sinks=options.get("sinks", 4))
     expected = peer_scores(getattr(kvpress, theirs)(compression_ratio=made.ratio, **their_options), ctx)
     if dtype == torch.float32:
         _compare(_scores(made, ctx), expected, 1e-5)
@@ -98,6 +110,17 @@ def test_qfilter_is_that_of_kvpress() -> None:
     theirs = peer().QFilterPress(compression_ratio=0.5)
     theirs.q_filters = FILTERS
     _compare(_scores(press("qfilter", filters=FILTERS), ctx), peer_scores(theirs, ctx), 1e-5)  # type: ignore[arg-type]
+
+
+def test_expected_attention_of_learnt_moments_is_that_of_kvpress(tmp_path: Path) -> None:
+    mean, root = torch.randn(3, 4, 8), torch.randn(3, 4, 8, 8)
+    cov = root @ root.mT / 8
+    save_file({"query_mean": mean, "query_cov": cov}, tmp_path / "stats.safetensors")
+    ctx = context(rows(61))
+    theirs = peer().ExpectedAttentionStatsPress(compression_ratio=0.5)
+    theirs.mu, theirs.cov = mean, cov
+    ours = press("expected_attention_stats", rope="mean", stats=str(tmp_path / "stats.safetensors"))
+    _compare(_scores(ours, ctx), peer_scores(theirs, ctx), 1e-5)  # type: ignore[arg-type]
 
 
 def test_observed_attention_is_that_of_kvpress() -> None:

@@ -75,6 +75,7 @@ class HeadAdaptive:
     def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
         """[B, Hkv] int64, in sum what `kept` is."""
         del ctx
+        scores = scores.clamp(max=torch.finfo(torch.float32).max)  # infinity is for what a head is sure of
         if isinstance(kept, int):  # no head has gaps
             sure = scores.topk(min(max(1, int(kept * self.alpha)), kept), dim=-1).indices
             guarded = scores.scatter(-1, sure, torch.inf).flatten(1)
@@ -84,8 +85,7 @@ class HeadAdaptive:
         order = scores.argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
         safe = (kept.double() * self.alpha).long().clamp(min=1)[..., None]
-        finite = scores.clamp(max=torch.finfo(torch.float32).max)  # "must stay" comes after what a head is sure of
-        guarded = finite.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
+        guarded = scores.masked_fill(place < safe, torch.inf).masked_fill(scores == -torch.inf, -torch.inf)
         flat = guarded.flatten(1)
         joint = flat.argsort(dim=-1, descending=True, stable=True)
         total = kept.sum(-1, keepdim=True)

@@ -44,7 +44,9 @@ class Recorder:
         self._heads[index] = stored.shape[1]
         plain = call.rope.rotate(call.q.float(), -positions)[0].transpose(0, 1)  # [H, T, D]
         if "expected_attention_stats" in self.what:
-            self._moments.setdefault(index, _Moments()).add(plain[:, self.sinks :])
+            asked = plain[:, self.sinks :].clone()
+            asked[..., : 2 * call.rope.inv_freq.numel()] /= call.rope.attention_factor  # the rotation put it there
+            self._moments.setdefault(index, _Moments()).add(asked)
         if "qfilter" in self.what:
             self._rotated.setdefault(index, _Moments()).add(call.q[0].float().transpose(0, 1)[:, self.sinks :])
         if "duo" in self.what:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from attnkit._core.errors import OptionError
-from attnkit.kv.budgets import each
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import Line
 from attnkit.kv.registry import wrapper
@@ -56,7 +55,7 @@ class ChunkTopK:
         inside = line.take(scores).masked_fill(~line.live, -torch.inf)
         chunks = -(-line.size // self.length)
         edges = torch.arange(chunks + 1, device=line.device) * self.length
-        shares = torch.minimum(edges, line.counts) * each(counts, scores)[..., None] // line.counts.clamp(min=1)
+        shares = torch.minimum(edges, line.counts) * _each(counts, scores)[..., None] // line.counts.clamp(min=1)
         quota = shares.diff(dim=-1)  # [B, Hkv, chunks]
         chunk = (torch.arange(line.size, device=line.device) // self.length).expand_as(inside)
         first = chunk * self.length
@@ -169,7 +168,7 @@ class Blockwise:
 
     def select(self, ctx: ScoreContext, scores: Tensor, counts: int | Tensor, scorer: Any) -> Kept:
         """The last choice."""
-        first = each(counts, scores)[..., None]
+        first = _each(counts, scores)[..., None]
         rank = ctx.rank.expand(scores.shape)
         left = scores.shape[-1] - (counts if isinstance(counts, int) else 0)  # the least count is not known on the host
         chosen = (rank >= 0) & (rank < first)
@@ -181,9 +180,14 @@ class Blockwise:
                 part = Kept(part.index[..., : counts + self.length], part.lengths)
             some = ctx.restricted(part.index, part.live())
             fresh = scorer.score(some).masked_fill(~part.live(), -torch.inf)
-            keep = best(fresh, torch.minimum(each(counts, scores), seen.sum(-1)))
+            keep = best(fresh, torch.minimum(_each(counts, scores), seen.sum(-1)))
             chosen = replace(part, index=part.index.gather(-1, keep.index), lengths=keep.lengths).mask(scores.shape[-1])
         return _of_mask(chosen, counts)
+
+
+def _each(counts: int | Tensor, like: Tensor) -> Tensor:
+    """`counts` as [B, Hkv] int64."""
+    return torch.full(like.shape[:2], counts, device=like.device) if isinstance(counts, int) else counts
 
 
 def _of_mask(mask: Tensor, counts: int | Tensor) -> Kept:
@@ -195,7 +199,7 @@ def _taken(line: Line, order: Tensor, counts: int | Tensor) -> Kept:
     """The first `counts` tokens of `order` [B, Hkv, S], places of the line; places without a token do not count."""
     dead = (~line.live).expand_as(order).gather(-1, order)
     order = order.gather(-1, dead.to(torch.int8).argsort(dim=-1, stable=True))
-    first = torch.arange(line.size, device=line.device) < each(counts, order)[..., None]
+    first = torch.arange(line.size, device=line.device) < _each(counts, order)[..., None]
     mask = torch.zeros_like(first.expand_as(order)).scatter(-1, order, first.expand_as(order))
     return _of_mask(line.put(mask), counts)
 
@@ -203,7 +207,8 @@ def _taken(line: Line, order: Tensor, counts: int | Tensor) -> Kept:
 def _parts(scores: Tensor, length: int) -> Tensor:
     """[B, *, S] -> [B, *, chunks, length], filled up with -inf."""
     fill = -scores.shape[-1] % length
-    return torch.nn.functional.pad(scores, (0, fill), value=-torch.inf).unflatten(-1, (-1, length))
+    parts: Tensor = torch.nn.functional.pad(scores, (0, fill), value=-torch.inf).unflatten(-1, (-1, length))
+    return parts
 
 
 def _chunked(scores: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ _FILES = (
     "attention",
     "keys",
     "leverage",
+    "expected",
     "protect",
     "critical",
     "patterns",

@@ -29,19 +29,13 @@ def _sketch(seed: int, width: int, rank: int, device: torch.device) -> Tensor:
 
 
 def unrotated(ctx: ScoreContext) -> Tensor:
-    """Stored keys [B, Hkv, S, D] float32 as they were before their rotation, the first real token of a head being at 0."""
+    """Stored keys [B, Hkv, S, D] float32 as they were before their rotation."""
     keys = ctx.stored.keys.float()
     if ctx.rope is None:
         return keys
-    stored = ctx.stored
-    positions = stored.positions
-    if stored.real is None:
-        start = positions[..., :1]
-    else:
-        positions = positions.expand(stored.real.shape)
-        start = positions.masked_fill(~stored.real, torch.iinfo(torch.int64).max).amin(-1, keepdim=True)
-    back = (start - positions).expand(*stored.shape).flatten(0, 1)
-    turned = ctx.rope.rotate(keys.flatten(0, 1)[:, :, None], back)[:, :, 0]
+    padding = ctx.query_positions[:, -1:] - ctx.query_turned[:, -1:]  # what a row's places count beside its tokens
+    back = (padding[..., None] - ctx.stored.positions).expand(ctx.stored.shape)
+    turned = ctx.rope.rotate(keys.flatten(0, 1)[:, :, None], back.flatten(0, 1))
     return turned.reshape(keys.shape) / ctx.rope.attention_factor
 
 
