@@ -102,6 +102,7 @@ def _asked(theirs: Any, ctx: ScoreContext) -> Iterator[tuple[Any, ...]]:
         raise PolicyError(f"{name} wants the hidden states of all stored tokens; it works at the end of a prefill in one pass")
     rotary = _Rotary(ctx.rope)
     kwargs = {
+        "hidden_states": ctx.hidden,
         "position_embeddings": rotary(ctx.hidden, ctx.query_turned),
         "cache_position": torch.arange(size, device=ctx.hidden.device),
     }
@@ -118,15 +119,16 @@ def _asked(theirs: Any, ctx: ScoreContext) -> Iterator[tuple[Any, ...]]:
 
 
 class _Rotary:
-    """A model's rotary module, as they call it."""
+    """A model's rotary module, as they use it."""
 
     def __init__(self, rope: Rotation) -> None:
-        self._rope = rope
+        self.inv_freq = rope.inv_freq
+        self.attention_scaling = rope.attention_factor
 
     def __call__(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angle = position_ids[..., None].float() * self._rope.inv_freq.to(x.device, torch.float32)
+        angle = position_ids[..., None].float() * self.inv_freq.to(x.device, torch.float32)
         angle = torch.cat([angle, angle], dim=-1)
-        factor = self._rope.attention_factor
+        factor = self.attention_scaling
         return (angle.cos() * factor).to(x.dtype), (angle.sin() * factor).to(x.dtype)
 
 
