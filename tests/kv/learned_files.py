@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 __all__ = ["LEARNED", "learned"]
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="attnkit_learned_")
-LEARNED = {"lukv": "curves", "kvzap": "weights", "fastkvzip": "weights", "duo_attention": "pattern"}
+LEARNED = {"lukv": "curves", "kvzap": "weights", "fastkvzip": "weights", "duo_attention": "pattern", "restorekv": "embeddings"}
 """method: the option that takes its file."""
 
 
@@ -28,6 +28,8 @@ def learned(method: str, *, kv_heads: int, width: int, layers: int = 3) -> str:
         tensors["lukv"] = (grid + 0.1 * draw(99, layers, kv_heads)).clamp(0, 1)
     if method == "duo_attention":
         tensors["duo"] = draw(layers, kv_heads).sigmoid()
+    if method == "restorekv":
+        tensors["restore_embeddings"] = draw(5, width)
     for index in range(layers):
         stem = f"layers.{index}"
         if method == "kvzap":

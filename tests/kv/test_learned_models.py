@@ -3,6 +3,7 @@
 import pytest
 import torch
 from learned_files import learned
+from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from attnkit import inference, kv
@@ -351,3 +352,73 @@ def test_attention_matching_comes_nearer_than_dropping_alone():
     plain = (outputs(replace(ctx.stored, real=real)) - truth).square().sum()
     fitted = (outputs(replace(matched, real=real)) - truth).square().sum()
     assert fitted < 0.1 * plain
+
+
+def restore_files(folder, model, *, width=48, rank=3):
+    generator = torch.Generator().manual_seed(4)
+    save_file({"restore_embeddings": torch.randn(5, width, generator=generator)}, folder / "tokens.safetensors")
+    adapter = {}
+    for index, layer in enumerate(model.model.layers):
+        for name in ("q_proj", "v_proj"):
+            size, given = getattr(layer.self_attn, name).weight.shape
+            stem = f"base_model.model.model.layers.{index}.self_attn.{name}"
+            adapter[f"{stem}.lora_A.weight"] = torch.randn(rank, given, generator=generator)
+            adapter[f"{stem}.lora_B.weight"] = torch.randn(size, rank, generator=generator)
+    save_file(adapter, folder / "adapter.safetensors")
+    return str(folder / "tokens.safetensors"), str(folder / "adapter.safetensors"), adapter
+
+
+def test_restored_tokens_are_those_of_the_adapted_model(tmp_path):
+    """With nothing dropped but what the tokens replace, keys are the context's and those that a model with merged weights
+    gives the tokens after it.
+    """
+    model = tiny_model("llama")
+    tokens, adapter, weights = restore_files(tmp_path, model)
+    ids = torch.tensor([row(40, 1)])
+    made = kv.press("restorekv", ratio=0.25, embeddings=tokens, adapter=adapter, scaling=0.5, chunk=13)
+    with torch.no_grad():
+        cache, held, logits = prefill(model, made, ids)
+        plain = DynamicCache(config=model.config)
+        model(ids, past_key_values=plain)
+        merged = tiny_model("llama")
+        for index, layer in enumerate(merged.model.layers):
+            for name in ("q_proj", "v_proj"):
+                stem = f"base_model.model.model.layers.{index}.self_attn.{name}"
+                change = 0.5 * weights[f"{stem}.lora_B.weight"] @ weights[f"{stem}.lora_A.weight"]
+                getattr(layer.self_attn, name).weight += change
+        merged(inputs_embeds=load_file(tokens)["restore_embeddings"][None], past_key_values=plain)
+    assert cache.get_seq_length() == 42
+    assert sum(int(real.sum()) for _, real in held) == 2 * 2 * 30
+    for layer, other in zip(cache.kv_layers, plain.layers, strict=True):
+        stored = layer.view()
+        for head in range(2):
+            real = stored.real.expand(stored.shape)[0, head]
+            positions = stored.positions.expand(stored.shape)[0, head, real]
+            keys, values = stored.keys[0, head, real], stored.values[0, head, real]
+            assert positions[-2:].tolist() == [40, 41]
+            assert positions[-7:-2].tolist() == [39] * 5
+            torch.testing.assert_close(keys[-7:-2], other.keys[0, head, 40:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(values[-7:-2], other.values[0, head, 40:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(keys[:-7], other.keys[0, head, positions[:-7].long()])
+    assert not any(module._forward_hooks for module in model.modules())
+    alone, _, _ = prefill_twice(model, made, ids)
+    torch.testing.assert_close(alone, logits)
+
+
+def prefill_twice(model, made, ids):
+    """The logits of a row that stands in a batch beside a shorter one, which is padded."""
+    with torch.no_grad():
+        both, mask = batch([ids[0].tolist(), row(29, 2)])
+        cache, held, logits = prefill(model, made, both, mask)
+    return logits[:1], cache, held
+
+
+def test_restored_tokens_of_another_model_are_refused(tmp_path):
+    tokens, adapter, _ = restore_files(tmp_path, tiny_model("llama"), width=32)
+    with torch.no_grad(), pytest.raises(ShapeError, match="this model's are 48 wide"):
+        prefill(tiny_model("llama"), kv.press("restorekv", embeddings=tokens), torch.tensor([row(30, 1)]))
+    tokens, adapter, _ = restore_files(tmp_path, tiny_model("llama", head_dim=8))
+    with torch.no_grad(), pytest.raises(ShapeError, match="is for a layer of"):
+        prefill(tiny_model("llama"), kv.press("restorekv", embeddings=tokens, adapter=adapter), torch.tensor([row(30, 1)]))
+    with pytest.raises(OptionError, match="restorekv needs embeddings, the safetensors file of restore tokens"):
+        kv.press("restorekv")

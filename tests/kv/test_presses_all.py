@@ -56,7 +56,7 @@ REFUSED = {f"{outer}:think" for outer in ("chunk", "chunkkv", "entropy_chunkkv",
 REFUSED |= {f"block:{name}" for name in ("observed_attention", "non_causal_attention", "compactor", "kvzap", "fastkvzip")}
 REFUSED |= {f"{outer}:think" for outer in ("criticalkv", "critical_adakv")}
 REFUSED |= {f"{outer}:attention_matching" for outer in ("merge", "cam", "rerotate")}
-REFUSED |= {f"block:{name}" for name in ("kvzip", "kvzip_plus", "kvcompose", "kvgrad")}
+REFUSED |= {f"block:{name}" for name in ("kvzip", "kvzip_plus", "kvcompose", "kvgrad", "restorekv")}
 # methods whose scores differ by head for a reason that a permutation of heads does not carry along
 OWN_HEADS = {
     "random": "draws differ by head",

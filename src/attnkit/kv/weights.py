@@ -23,36 +23,24 @@ def required(path: str | None, method: str, what: str) -> str:
     return str(path)
 
 
-@functools.lru_cache(maxsize=8)
 def tensors(path: str) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU.
 
     Raises:
         InputError: another kind of file, or none.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: {error}; a safetensors file is expected (pickled weights have to be converted)") from error
+    return _read(path, _changed(path))
 
 
-@functools.lru_cache(maxsize=256)
 def device_copy(path: str, name: str, device: torch.device) -> Tensor:
     """One tensor of a safetensors file, float32, on a device.
 
     Raises:
         InputError: the file has no tensor of that name.
     """
-    held = tensors(path)
-    if name not in held:
-        raise InputError(f"{path} has no tensor {name!r}; it has {', '.join(sorted(held)[:8])} ...")
-    return held[name].to(device, torch.float32)
+    return _copy(path, _changed(path), name, device)
 
 
-@functools.lru_cache(maxsize=8)
 def table(path: str, name: str, dims: int) -> Tensor:
     """A table of float32: a tensor of a safetensors file, a `.npy` array, or lines of numbers apart by tabs (`.tsv`).
 
@@ -64,15 +52,47 @@ def table(path: str, name: str, dims: int) -> Tensor:
         InputError: no such file or tensor.
         ShapeError: another number of dimensions.
     """
-    kind = Path(path).suffix
-    if kind in (".npy", ".tsv"):
-        try:
-            array = np.load(path, allow_pickle=False) if kind == ".npy" else np.loadtxt(path, delimiter="\t", ndmin=2)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: {error}") from error
-        found = torch.as_tensor(array, dtype=torch.float32)
-    else:
-        found = device_copy(path, name, torch.device("cpu"))
+    found = (
+        _array(path, _changed(path)) if Path(path).suffix in (".npy", ".tsv") else device_copy(path, name, torch.device("cpu"))
+    )
     if found.dim() != dims:
         raise ShapeError(f"{path} holds a table of shape {tuple(found.shape)}; {dims} dimensions are expected")
     return found
+
+
+def _changed(path: str) -> int:
+    """When the file was written, so that a newer one is read anew."""
+    try:
+        return Path(path).stat().st_mtime_ns
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, changed: int) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    del changed
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: {error}; a safetensors file is expected (pickled weights have to be converted)") from error
+
+
+@functools.lru_cache(maxsize=512)  # of gates: seven tensors a layer
+def _copy(path: str, changed: int, name: str, device: torch.device) -> Tensor:
+    held = _read(path, changed)
+    if name not in held:
+        raise InputError(f"{path} has no tensor {name!r}; it has {', '.join(sorted(held)[:8]) or 'none'}")
+    return held[name].to(device, torch.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def _array(path: str, changed: int) -> Tensor:
+    del changed
+    try:
+        array = np.load(path, allow_pickle=False) if path.endswith(".npy") else np.loadtxt(path, delimiter="\t", ndmin=2)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    return torch.as_tensor(array, dtype=torch.float32)

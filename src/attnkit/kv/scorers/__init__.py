@@ -17,6 +17,7 @@ _FILES = (
     "gates",
     "replay",
     "gradient",
+    "restore",
     "matching",
 )
 
