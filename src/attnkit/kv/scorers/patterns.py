@@ -192,10 +192,14 @@ def _of_prompt(ctx: ScoreContext) -> Tensor:
         raise PolicyError("duo_attention without a pattern needs the model's rotation")
     stored = ctx.stored
     # keys and queries of a row were rotated to positions that differ from their places by the same number
-    places = stored.positions[:, 0] + (ctx.query_turned[:, -1:] - ctx.query_positions[:, -1:])
-    keys = ctx.rope.rotate(stored.keys.float().transpose(1, 2), -places).transpose(1, 2)
-    real = torch.ones(stored.shape[::2], device=keys.device) if stored.real is None else stored.real[:, 0].float()
-    mean_key = (keys * real[:, None, :, None]).sum(2) / real.sum(-1).clamp(min=1)[:, None, None]
+    places = stored.positions + (ctx.query_turned[:, -1:] - ctx.query_positions[:, -1:])[:, None]
+    places = places.expand(stored.shape).flatten(0, 1)  # heads may hold tokens of their own
+    keys = ctx.rope.rotate(stored.keys.float().flatten(0, 1)[:, :, None], -places)[:, :, 0].unflatten(0, stored.shape[:2])
+    if stored.real is None:
+        mean_key = keys.mean(2)
+    else:
+        real = stored.real.expand(stored.shape)[..., None]
+        mean_key = keys.masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
     return retrieval_scores(ctx.moments.mean, mean_key, ctx.rope, ctx.scale)
 
 
