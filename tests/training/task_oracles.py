@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from attnkit.training.tasks import AssociativeRecall, Copying, Needle, PermutationWords, Task, VariableTracking
+from attnkit.training.tasks import AssociativeRecall, Copying, Needle, PermutationWords, Ruler, Task, VariableTracking
 
 Answers = dict[int, int]  # position -> token
 
@@ -53,6 +53,25 @@ def permutations(task: PermutationWords, ids: list[int]) -> Answers:
     return answers
 
 
+def ruler(task: Ruler, ids: list[int]) -> Answers:
+    start = len(ids) - 3 * task.questions
+    told: dict[int, list[int]] = {}
+    for place in range(start):
+        if ids[place] == 0:
+            told.setdefault(ids[place + 1], []).append(ids[place + 2])
+    answers = {}
+    for place in range(start, len(ids), 3):
+        mark, name = ids[place : place + 2]
+        if mark == 4:
+            counts = sorted((ids[:start].count(token), token) for token in set(ids[:start]))
+            assert counts[-1][0] > counts[-2][0]
+            answers[place + 2] = counts[-1][1]
+            continue
+        found = told[name][-1 if mark == 3 else 0]
+        answers[place + 2] = told[found][0] if found in told else found
+    return answers
+
+
 ORACLES: dict[str, Callable[..., Answers]] = {
     "mqar": recall,
     "needle": needle,
@@ -60,6 +79,7 @@ ORACLES: dict[str, Callable[..., Answers]] = {
     "variables": variables,
     "copy": copying,
     "permutations": permutations,
+    "ruler": ruler,
 }
 
 

@@ -15,6 +15,7 @@ LENGTHS = {
     "needle-multikey": (54, 100),
     "variables": (27, 64),
     "copy": (3, 8, 33),
+    "ruler": (24, 64, 300),
 }
 
 

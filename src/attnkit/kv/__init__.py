@@ -21,6 +21,7 @@ __all__ = [
     "moment_partial",
     "press",
     "pressing",
+    "reconstruction_error",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
@@ -44,5 +45,6 @@ __getattr__, __dir__ = lazy_attributes(
         "methods": "attnkit.kv.pressing",
         "moment_partial": "attnkit.kv.compaction",
         "press": "attnkit.kv.pressing",
+        "reconstruction_error": "attnkit.inference.reconstruction",  # a model has to run
     },
 )

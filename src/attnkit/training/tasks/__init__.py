@@ -7,6 +7,7 @@ from attnkit.training.tasks.needle import MultiKeyNeedle, Needle
 from attnkit.training.tasks.permutations import PermutationWords
 from attnkit.training.tasks.recall import AssociativeRecall
 from attnkit.training.tasks.rows import TaskData, TaskRows
+from attnkit.training.tasks.ruler import Ruler
 from attnkit.training.tasks.variables import VariableTracking
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MultiKeyNeedle",
     "Needle",
     "PermutationWords",
+    "Ruler",
     "Score",
     "Task",
     "TaskData",
@@ -26,5 +28,5 @@ __all__ = [
 ]
 
 TASKS: Registry[type[Task]] = Registry("task")
-for _task in (AssociativeRecall, Needle, MultiKeyNeedle, VariableTracking, Copying, PermutationWords):
+for _task in (AssociativeRecall, Needle, MultiKeyNeedle, VariableTracking, Copying, PermutationWords, Ruler):
     TASKS.register(_task.name, _task)
