@@ -8,6 +8,8 @@ from attnkit.lab.claims import (
     entmax_lm,
     entmax_recall,
     entmax_retrieval,
+    kv_needles,
+    kv_recall,
     mlstm_lm,
     mlstm_transfer,
     scfa_lm,
@@ -27,5 +29,7 @@ for _module in (
     entmax_retrieval,
     mlstm_transfer,
     mlstm_lm,
+    kv_recall,
+    kv_needles,
 ):
     CLAIMS.register(_module.CLAIM.name, _module.CLAIM)

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 
 from attnkit._core.checks import check_choice
+from attnkit._core.errors import OptionError
 from attnkit.training.data.packing import IGNORED
 from attnkit.training.tasks.base import Examples, check_length
 from attnkit.training.tasks.draw import distinct, places, shuffled
@@ -15,7 +16,6 @@ __all__ = ["KINDS", "Ruler"]
 
 SET, ASK, FIRST, LAST, MOST = range(5)
 _MARKS, _WIDTH = 5, 3
-_SPARSE = 16  # tokens of the context a statement
 _COMMON = 8  # of so many tokens one is the most common value
 
 
@@ -28,11 +28,12 @@ class Ruler:
     context of values; `most most` wants the most common one.
 
     Attributes:
-        kinds: of KINDS; each example is of one of them, each as likely.
+        kinds: of KINDS; each example is of one of them, each as likely, so that one that stands there twice comes more often.
         questions: blocks at the end; what is before them never changes with what they ask.
         names, values, noise: numbers of tokens.
+        spacing: tokens of the context for each statement, more than 3.
     Raises:
-        OptionError: an unknown kind.
+        OptionError: an unknown kind, or statements that would overlap.
     Source: tasks after Hsieh et al. 2024 (RULER), arXiv:2404.06654.
     """
 
@@ -41,11 +42,14 @@ class Ruler:
     names: int = 64
     values: int = 32
     noise: int = 32
+    spacing: int = 16
     name: ClassVar[str] = "ruler"
 
     def __post_init__(self) -> None:
         for kind in self.kinds:
             check_choice("kinds", kind, KINDS)
+        if self.spacing <= _WIDTH:
+            raise OptionError(f"spacing={self.spacing} is not allowed; a statement has {_WIDTH} tokens, choose more")
 
     @property
     def vocab_size(self) -> int:
@@ -87,7 +91,7 @@ class Ruler:
 
     def _statements(self, room: int) -> int:
         """An even number."""
-        return min(max(2, room // _SPARSE // 2 * 2), self.names)
+        return min(max(2, room // self.spacing // 2 * 2), self.names)
 
 
 def _stated(task: Ruler, random: np.random.Generator, ids: np.ndarray, names: np.ndarray, sources: np.ndarray) -> np.ndarray:
@@ -99,7 +103,7 @@ def _stated(task: Ruler, random: np.random.Generator, ids: np.ndarray, names: np
     return ids
 
 
-def _blocks(marks: np.ndarray | int, names: np.ndarray, answers: np.ndarray) -> np.ndarray:
+def _blocks(marks: np.ndarray | int, names: np.ndarray | int, answers: np.ndarray) -> np.ndarray:
     return np.stack(np.broadcast_arrays(marks, names, answers), -1)
 
 

@@ -1,0 +1,196 @@
+"""System 9: what compressed caches cost a small model that was trained on needles, chains and counts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from attnkit import inference
+from attnkit.lab.claims.claim import Cell, Claim, Conclusion, Row
+from attnkit.lab.claims.kv_asked import ORACLES, Asked, Method, decoding, future_mass, oracle, prefilling
+from attnkit.lab.claims.kv_verdict import DENSE, PROTOCOL, conclude_rows, measure
+from attnkit.lab.claims.place import Place
+from attnkit.training.tasks.ruler import KINDS, Ruler
+
+__all__ = ["CLAIM"]
+
+_LEARNT = 0.8
+_JUDGED = 1_000_003  # seeds of judging stay apart from those of training
+_ONCE = ("single", "frequent")  # kinds whose questions are all the same
+# what is learnt at once is shown less often; many statements and questions, so that guessing among a few does not pay
+_TAUGHT = ("single", "frequent", *["multikey"] * 4, *["multivalue", "variables"] * 2)
+_SPACING = 6
+_TEXTS = 64  # that are read to learn statistics of queries, questions included
+_PASS = 16  # tokens that come in at once after the prefill
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How it is run.
+
+    Attributes:
+        trained: tokens of training examples; the shortest come first.
+        length: tokens of an example that is judged, its questions included.
+        ratios: shares of the keys that are removed.
+        tokens: to train on.
+        row_tokens: of a step.
+        dim, layers, heads, kv_heads: of the model; heads have dim / heads channels.
+        learning_rate: of the recipe.
+        examples: judged of each kind.
+        questions: of an example that is judged; four times as many in training.
+        interval: tokens between two compressions while the context comes in.
+        batch: contexts a pass.
+        decode: whether compression while the context comes in is judged, too.
+        seeds: of weights, training and judging.
+    """
+
+    trained: tuple[int, ...] = (64, 128, 256, 512)
+    length: int = 512
+    ratios: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
+    tokens: int = 60_000_000
+    row_tokens: int = 32_768
+    dim: int = 256
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 2
+    learning_rate: float = 1e-3
+    examples: int = 32
+    questions: int = 4
+    interval: int = 64
+    batch: int = 160
+    decode: bool = True
+    seeds: tuple[int, ...] = (0,)
+
+
+def _cells(settings: Settings) -> list[Cell]:
+    cells = []
+    for seed in settings.seeds:
+        name = f"seed {seed}, {DENSE}"
+        cells.append(Cell(name, 60, partial(_measure_whole, settings, seed)))
+        runs = [("prefill", prefilling())]
+        runs += [("decode", decoding(settings.interval))] if settings.decode else []
+        for phase, methods in runs:
+            for method in methods:
+                run = partial(_measure_method, settings, seed, phase, method)
+                cells.append(Cell(f"seed {seed}, {phase}, {method.name}", 1, run))
+    return cells
+
+
+def _measure_whole(settings: Settings, seed: int, place: Place) -> list[Row]:
+    """Nothing dropped, and the oracles; the model learns what methods want to know of it."""
+    rows = _measure(settings, seed, "prefill", DENSE, lambda ratio, given: None, place)
+    model = _model(settings, seed, place)
+    texts = Ruler(questions=settings.questions).generate(seed, _TEXTS, settings.length).input_ids
+    inference.calibrate(model, list(texts), what=("expected_attention_stats", "qfilter"), path=_learnt(seed, place))
+    for name in ORACLES:
+        rows += _measure(settings, seed, "prefill", name, partial(_oracle, model, name != "oracle"), place)
+    return rows
+
+
+def _learnt(seed: int, place: Place) -> Path:
+    return place.run_folder(f"seed {seed}") / "learnt.safetensors"
+
+
+def _measure_method(settings: Settings, seed: int, phase: str, method: Method, place: Place) -> list[Row]:
+    learnt = _learnt(seed, place)
+    return _measure(settings, seed, phase, method.name, lambda ratio, given: method.press(ratio, learnt), place)
+
+
+def _oracle(model: Any, adaptive: bool, ratio: float, given: Asked) -> Any:
+    return oracle(future_mass(model, given), ratio, adaptive=adaptive)
+
+
+def _measure(
+    settings: Settings, seed: int, phase: str, name: str, press: Callable[[float, Asked], Any], place: Place
+) -> list[Row]:
+    model = _model(settings, seed, place)
+    given = _given(settings, seed, place.device)
+    size, pieces = given.context.shape[1], None
+    if phase == "decode":
+        later = size // 2 // settings.interval * settings.interval
+        pieces = [size - later, *[_PASS] * (later // _PASS)]
+    ratios = (0.0,) if name == DENSE else settings.ratios
+    found = measure(model, press, given, ratios=ratios, kinds=KINDS, batch=settings.batch, pieces=pieces)
+    return [{"seed": seed, "phase": phase, "method": name} | row for row in found]
+
+
+def _model(settings: Settings, seed: int, place: Place) -> Any:
+    """Trained here, or found trained."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from attnkit import training
+
+    task = Ruler(kinds=_TAUGHT, questions=4 * settings.questions, spacing=_SPACING)
+    config = LlamaConfig(
+        vocab_size=task.vocab_size,
+        hidden_size=settings.dim,
+        intermediate_size=2 * settings.dim,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        initializer_range=settings.dim**-0.5,  # the 0.02 of large models learns a small one slowly
+        max_position_embeddings=max(settings.length, *settings.trained) + 1024,  # methods that read again go beyond
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = LlamaForCausalLM(config)
+    steps = max(1, settings.tokens // settings.row_tokens)
+    data = training.TaskData.make(
+        task, settings.trained, row_tokens=settings.row_tokens, rows=steps, seed=seed, validation_rows=1
+    )
+    recipe = training.Recipe(
+        steps=steps, learning_rate=settings.learning_rate, precision=place.precision, seed=seed, log_every=min(50, steps)
+    )
+    place.train(f"seed {seed}", fresh, data, recipe)
+    return place.load(f"seed {seed}")
+
+
+def _given(settings: Settings, seed: int, device: torch.device) -> Asked:
+    """Contexts of all kinds in turns."""
+    parts = [
+        Ruler(kinds=(kind,), questions=settings.questions)
+        .generate(_JUDGED + seed, settings.examples, settings.length)
+        .input_ids
+        for kind in KINDS
+    ]
+    ids = torch.from_numpy(np.stack(parts, 1).reshape(-1, settings.length))
+    blocks = ids[:, -3 * settings.questions :].unflatten(1, (-1, 3))
+    kinds = torch.arange(len(KINDS)).repeat(settings.examples)
+    once = torch.tensor([kind in _ONCE for kind in KINDS])[kinds]
+    counts = ~once[:, None] | (torch.arange(settings.questions) == 0)
+    given = Asked(ids[:, : -3 * settings.questions], blocks[..., :2], blocks[..., 2:], counts, kinds)
+    return given.to(device)
+
+
+def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
+    return conclude_rows(rows, ratios=settings.ratios, kinds=KINDS, learnt=_LEARNT)
+
+
+CLAIM = Claim(
+    name="kv-recall",
+    systems=(9,),
+    says=(
+        "expected attention loses less than other methods when the cache is compressed without knowing the question, and "
+        "budgets that heads share lose less than equal ones"
+    ),
+    source="Devoto et al. 2025 (arXiv:2510.00636)",
+    protocol=(
+        "A Llama-like model of four layers is trained on needles (one, many, two of a name), chains of two and the most common "
+        "of many tokens; contexts of 500 tokens. " + PROTOCOL
+    ),
+    minutes=3,
+    device="cuda",
+    settings=Settings,
+    quick={
+        "trained": (72, 96), "length": 96, "ratios": (0.5,), "tokens": 20_000, "row_tokens": 512, "dim": 64, "layers": 2,
+        "heads": 2, "kv_heads": 1, "examples": 4, "interval": 16, "batch": 20, "decode": False,
+    },
+    cells=_cells,
+    conclude=_conclude,
+)  # fmt: skip
