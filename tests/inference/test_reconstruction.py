@@ -21,7 +21,8 @@ def test_it_is_the_distance_of_the_outputs_of_each_layer() -> None:
     states: list[list[torch.Tensor]] = []
     for policy in (inference.Policy(), inference.Policy(cache=press)):
         seen: list[torch.Tensor] = []
-        hooks = [part.register_forward_hook(lambda *a: seen.append(a[-1])) for part in (model.model.layers[0], model.model.norm)]
+        parts = (model.model.layers[0], model.model.norm)
+        hooks = [part.register_forward_hook(lambda *a, seen=seen: seen.append(a[-1])) for part in parts]
         with torch.no_grad(), inference.apply(model, policy) as h:
             cache = h.new_cache()
             model(IDS[:, :36], past_key_values=cache)

@@ -144,7 +144,7 @@ def _held(cache: kv.KVCache) -> float:
 @torch.no_grad()
 def future_mass(model: Any, given: Asked) -> tuple[Tensor, ...]:
     """[B, Hkv, C] float32 of each layer: the attention that all questions give each key when nothing is dropped, mean of the
-    group's heads."""
+    group's heads. What sliding layers say of the newest keys means nothing, and no press asks for it."""
     from transformers import DynamicCache
 
     size, config = given.context.shape[1], model.config

@@ -137,15 +137,15 @@ def _given(settings: Settings, seed: int, loaded: loading.LoadedModel) -> Asked:
         asked.append([[*ids(question), *key[:-1]] for question, key in zip(after, said, strict=True)])
         answers.append(said)
     try:
-        tensors = [torch.tensor(each) for each in (contexts, asked, answers)]
+        context, questions, said_ids = (torch.tensor(each) for each in (contexts, asked, answers))
     except ValueError as error:
         raise InputError(f"{settings.model}: names and numbers have different numbers of tokens; {error}") from error
-    counts = torch.ones(tensors[1].shape[:2], dtype=torch.bool)
-    return Asked(*tensors, counts, torch.zeros(len(contexts), dtype=torch.long))
+    counts = torch.ones(questions.shape[:2], dtype=torch.bool)
+    return Asked(context, questions, said_ids, counts, torch.zeros(len(contexts), dtype=torch.long))
 
 
 def _tokens(tokenizer: Any) -> Callable[[str], list[int]]:
-    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[no-any-return]
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _around(tokenizer: Any, name: str) -> tuple[str, str]:
