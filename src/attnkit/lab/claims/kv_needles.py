@@ -170,7 +170,8 @@ def _hidden(before: list[int], hay: list[int], parts: list[list[int]], length: i
 
 
 def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
-    return conclude_rows(rows, ratios=settings.ratios, kinds=(_KIND,), learnt=_LEARNT)
+    del settings
+    return conclude_rows(rows, kinds=(_KIND,), learnt=_LEARNT)
 
 
 CLAIM = Claim(

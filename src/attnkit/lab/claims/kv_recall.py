@@ -1,5 +1,6 @@
 """System 9: what compressed caches cost a small model that was trained on needles, chains and counts."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +37,8 @@ class Settings:
     Attributes:
         trained: tokens of training examples; the shortest come first.
         length: tokens of an example that is judged, its questions included.
-        ratios: shares of the keys that are removed.
+        ratios: shares of the keys that are removed after the prefill.
+        decode_ratios: and while the context comes in.
         tokens: to train on.
         row_tokens: of a step.
         dim, layers, heads, kv_heads: of the model; heads have dim / heads channels, and the first layer sees 4 tokens.
@@ -45,15 +47,15 @@ class Settings:
         questions: of an example that is judged; four times as many in training.
         interval: tokens between two compressions while the context comes in.
         batch: contexts a pass.
-        decode: whether compression while the context comes in is judged, too.
         seeds: of weights, training and judging.
     """
 
-    trained: tuple[int, ...] = (64, 128, 256, 512)
+    trained: tuple[int, ...] = (72, 120, 216, 512)
     length: int = 512
     ratios: tuple[float, ...] = (0.1, 0.25, 0.5, 0.75, 0.9)
-    tokens: int = 60_000_000
-    row_tokens: int = 32_768
+    decode_ratios: tuple[float, ...] = (0.25, 0.5, 0.75)
+    tokens: int = 50_000_000
+    row_tokens: int = 16_384
     dim: int = 256
     layers: int = 4
     heads: int = 8
@@ -63,7 +65,6 @@ class Settings:
     questions: int = 4
     interval: int = 64
     batch: int = 160
-    decode: bool = True
     seeds: tuple[int, ...] = (0,)
 
 
@@ -72,9 +73,7 @@ def _cells(settings: Settings) -> list[Cell]:
     for seed in settings.seeds:
         name = f"seed {seed}, {DENSE}"
         cells.append(Cell(name, 60, partial(_measure_whole, settings, seed)))
-        runs = [("prefill", prefilling())]
-        runs += [("decode", decoding(settings.interval))] if settings.decode else []
-        for phase, methods in runs:
+        for phase, methods in (("prefill", prefilling()), ("decode", decoding(settings.interval))):
             for method in methods:
                 run = partial(_measure_method, settings, seed, phase, method)
                 cells.append(Cell(f"seed {seed}, {phase}, {method.name}", 1, run))
@@ -110,17 +109,31 @@ def _measure(
 ) -> list[Row]:
     model = _model(settings, seed, place)
     given = _given(settings, seed, place.device)
-    size, pieces = given.context.shape[1], None
+    size, pieces, ratios = given.context.shape[1], None, (0.0,) if name == DENSE else settings.ratios
     if phase == "decode":
+        ratios = settings.decode_ratios
         later = size // 2 // settings.interval * settings.interval
         pieces = [size - later, *[_PASS] * (later // _PASS)]
-    ratios = (0.0,) if name == DENSE else settings.ratios
     found = measure(model, press, given, ratios=ratios, kinds=KINDS, batch=settings.batch, pieces=pieces)
     return [{"seed": seed, "phase": phase, "method": name} | row for row in found]
 
 
 def _model(settings: Settings, seed: int, place: Place) -> Any:
     """Trained here, or found trained."""
+    folder = place.run_folder(f"seed {seed}")
+    if not (folder / "train.json").is_file():
+        _train(settings, seed, place)
+    return _loaded(folder, place.device)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(folder: Path, device: torch.device) -> Any:
+    from attnkit import training
+
+    return training.load_model(folder)[0].to(device)
+
+
+def _train(settings: Settings, seed: int, place: Place) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from attnkit import training
@@ -136,7 +149,7 @@ def _model(settings: Settings, seed: int, place: Place) -> Any:
         use_sliding_window=True,
         sliding_window=_WINDOW,  # without it finding the token before takes most of the training
         layer_types=["sliding_attention", *["full_attention"] * (settings.layers - 1)],
-        max_position_embeddings=max(settings.length, *settings.trained) + 1024,  # methods that read again go beyond
+        max_position_embeddings=2 * max(settings.length, *settings.trained),  # some methods read the context again
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -151,7 +164,6 @@ def _model(settings: Settings, seed: int, place: Place) -> Any:
         steps=steps, learning_rate=settings.learning_rate, precision=place.precision, seed=seed, log_every=min(50, steps)
     )
     place.train(f"seed {seed}", fresh, data, recipe)
-    return place.load(f"seed {seed}")
 
 
 def _given(settings: Settings, seed: int, device: torch.device) -> Asked:
@@ -172,7 +184,8 @@ def _given(settings: Settings, seed: int, device: torch.device) -> Asked:
 
 
 def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
-    return conclude_rows(rows, ratios=settings.ratios, kinds=KINDS, learnt=_LEARNT)
+    del settings
+    return conclude_rows(rows, kinds=KINDS, learnt=_LEARNT)
 
 
 CLAIM = Claim(
@@ -192,7 +205,7 @@ CLAIM = Claim(
     settings=Settings,
     quick={
         "trained": (72, 96), "length": 96, "ratios": (0.5,), "tokens": 20_000, "row_tokens": 512, "dim": 64, "layers": 2,
-        "heads": 2, "kv_heads": 1, "examples": 4, "interval": 16, "batch": 20, "decode": False,
+        "heads": 2, "kv_heads": 1, "examples": 4, "interval": 16, "batch": 20, "decode_ratios": (0.5,),
     },
     cells=_cells,
     conclude=_conclude,

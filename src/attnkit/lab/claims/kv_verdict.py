@@ -84,15 +84,15 @@ def _error(model: Any, press: Any, given: Asked) -> float:
     return round(float(found.mean()), 5)
 
 
-def conclude_rows(rows: Sequence[Row], *, ratios: Sequence[float], kinds: Sequence[str], learnt: float) -> Conclusion:
+def conclude_rows(rows: Sequence[Row], *, kinds: Sequence[str], learnt: float) -> Conclusion:
     """Verdict, figures and tables; takes any subset of the rows.
 
     Args:
         rows: of `measure`, with seed, phase ("prefill" or "decode") and method.
-        ratios, kinds: see there.
+        kinds: see there.
         learnt: accuracy with the whole cache below which nothing is decided.
     """
-    found = _Found(rows, ratios, kinds)
+    found = _Found(rows, kinds)
     tables = [found.accuracies("prefill")]
     tables += [found.accuracies("decode")] if found.methods("decode") else []
     tables += [found.by_kind(), found.refused()]
@@ -102,8 +102,8 @@ def conclude_rows(rows: Sequence[Row], *, ratios: Sequence[float], kinds: Sequen
 class _Found:
     """Rows by phase, method and ratio."""
 
-    def __init__(self, rows: Sequence[Row], ratios: Sequence[float], kinds: Sequence[str]) -> None:
-        self.ratios, self.kinds = ratios, kinds
+    def __init__(self, rows: Sequence[Row], kinds: Sequence[str]) -> None:
+        self.kinds = kinds
         self.rows: dict[tuple[str, str, float], list[Row]] = {}
         self.reasons: dict[tuple[str, str], str] = {}
         for row in rows:
@@ -111,6 +111,10 @@ class _Found:
                 self.reasons[row["phase"], row["method"]] = row["refused"]
             else:
                 self.rows.setdefault((row["phase"], row["method"], row["ratio"]), []).append(row)
+
+    def ratios(self, phase: str) -> list[float]:
+        """Those that something was asked at."""
+        return sorted({ratio for where, _, ratio in self.rows if where == phase and ratio})
 
     def methods(self, phase: str) -> list[str]:
         """Those with rows, in their order, the whole cache left out."""
@@ -132,15 +136,17 @@ class _Found:
 
     def accuracies(self, phase: str) -> Row:
         """Method x ratio."""
+        ratios = self.ratios(phase)
         cells = [
             [
-                method, *(_written(self.accuracy(method, ratio, phase)) for ratio in self.ratios),
+                method, *(_written(self.accuracy(method, ratio, phase)) for ratio in ratios),
                 _written(self.other("held", phase, method)), _written(self.other("error", phase, method)),
             ]
             for method in self.methods(phase)
         ]  # fmt: skip
-        cells.sort(key=lambda cell: cell[1 + self._deciding] or "", reverse=True)
-        headers = ["method", *(f"{ratio:g}" for ratio in self.ratios), f"held at {DECIDING}", f"error at {DECIDING}"]
+        place = 1 + ratios.index(DECIDING) if DECIDING in ratios else 1
+        cells.sort(key=lambda cell: cell[place] or "", reverse=True)
+        headers = ["method", *(f"{ratio:g}" for ratio in ratios), f"held at {DECIDING}", f"error at {DECIDING}"]
         note = (
             "Accuracy by the ratio that is removed; share of keys held, and relative error of the hidden states of questions."
         )
@@ -159,10 +165,6 @@ class _Found:
         """What was not measured, and why."""
         cells = [[method, phase, reason] for (phase, method), reason in self.reasons.items()]
         return table("Not served", ["method", "phase", "reason"], cells)
-
-    @property
-    def _deciding(self) -> int:
-        return list(self.ratios).index(DECIDING) if DECIDING in self.ratios else 0
 
 
 def _judge(found: _Found, learnt: float) -> Verdict:
@@ -207,7 +209,7 @@ def _fair(found: _Found, method: str) -> bool:
 
 def _figures(found: _Found) -> list[Row]:
     note = "Mean of the seeds, and their range."
-    ratios = found.ratios
+    ratios = found.ratios("prefill")
     shown = (*MAIN, "adakv:expected_attention", "random", "oracle")
     figures = [
         lines(
@@ -224,9 +226,9 @@ def _figures(found: _Found) -> list[Row]:
         methods = sorted(found.methods(phase), key=lambda name: -(found.accuracy(name, phase=phase) or 0.0))
         for start in range(0, len(methods), _ROWS):
             some = methods[start : start + _ROWS]
-            values = [[found.accuracy(name, ratio, phase) for ratio in found.ratios] for name in some]
+            values = [[found.accuracy(name, ratio, phase) for ratio in found.ratios(phase)] for name in some]
             title = f"Accuracy, {phase}, methods {start + 1} to {start + len(some)}"
-            columns = [f"{ratio:g}" for ratio in found.ratios]
+            columns = [f"{ratio:g}" for ratio in found.ratios(phase)]
             figures.append(heat(title, "ratio removed", "", values, quantity="accuracy", columns=columns, rows=some))
     return figures
 
