@@ -43,16 +43,18 @@ class Settings:
         needles: numbers hidden in each, all of which are asked for; at most 16.
         ratios: shares of the keys that are removed.
         batch: contexts a pass.
+        errors: whether reconstruction errors are measured, too.
         seeds: of the numbers, their places and the texts.
     """
 
     model: str = loading.PACKAGED
     text: str = "wiki"
-    length: int = 512
-    contexts: int = 3
-    needles: int = 6
+    length: int = 448
+    contexts: int = 2
+    needles: int = 8
     ratios: tuple[float, ...] = (0.5,)
-    batch: int = 16
+    batch: int = 1
+    errors: bool = False
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ def _measure(settings: Settings, seed: int, name: str, press: Any, place: Place)
     loaded = _loaded(settings.model, place.device)
     given = _given(settings, seed, loaded).to(place.device)
     ratios = (0.0,) if name == DENSE else settings.ratios
-    found = measure(loaded.model, press, given, ratios=ratios, kinds=(_KIND,), batch=settings.batch)
+    found = measure(loaded.model, press, given, ratios=ratios, kinds=(_KIND,), batch=settings.batch, errors=settings.errors)
     return [{"seed": seed, "phase": "prefill", "method": name} | row for row in found]
 
 

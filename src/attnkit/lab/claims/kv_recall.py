@@ -60,7 +60,7 @@ class Settings:
     layers: int = 4
     heads: int = 8
     kv_heads: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     examples: int = 32
     questions: int = 4
     interval: int = 64

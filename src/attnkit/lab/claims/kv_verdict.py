@@ -37,8 +37,9 @@ def measure(
     kinds: Sequence[str],
     batch: int,
     pieces: Sequence[int] | None = None,
+    errors: bool = True,
 ) -> list[Row]:
-    """One row a ratio: right and answers of each kind, the share of keys held, and the reconstruction error after a prefill.
+    """One row a ratio: right and answers of each kind, the share of keys held, and the reconstruction error of the first batch after a prefill.
 
     Args:
         model: see `attnkit.lab.claims.kv_asked.ask`.
@@ -48,6 +49,7 @@ def measure(
         kinds: names.
         batch: contexts a pass.
         pieces: see `ask`.
+        errors: whether the reconstruction error is measured, which takes two more passes.
     Returns:
         the rows; one with the reason in `refused` where the method cannot be served.
     """
@@ -60,7 +62,7 @@ def measure(
                 made = press(ratio, part)
                 hits, share = ask(model, made, part, pieces=pieces)
                 held.append(share)
-                if made is not None and pieces is None and not start:
+                if errors and made is not None and pieces is None and not start:
                     error = _error(model, made, part)
                 for kind in range(len(kinds)):
                     found, total = part.right(hits, kind)

@@ -39,7 +39,7 @@ class Ruler:
 
     kinds: tuple[str, ...] = ("single", "multikey", "multivalue", "variables", "frequent")
     questions: int = 4
-    names: int = 64
+    names: int = 32
     values: int = 32
     noise: int = 32
     spacing: int = 16
