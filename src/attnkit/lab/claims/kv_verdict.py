@@ -39,7 +39,8 @@ def measure(
     pieces: Sequence[int] | None = None,
     errors: bool = True,
 ) -> list[Row]:
-    """One row a ratio: right and answers of each kind, the share of keys held, and the reconstruction error of the first batch after a prefill.
+    """One row a ratio: right and answers of each kind, the share of keys held, and after a prefill the reconstruction error of
+    the first batch.
 
     Args:
         model: see `attnkit.lab.claims.kv_asked.ask`.
