@@ -49,9 +49,9 @@ class Settings:
 
     model: str = loading.PACKAGED
     text: str = "wiki"
-    length: int = 448
-    contexts: int = 2
-    needles: int = 8
+    length: int = 384
+    contexts: int = 4
+    needles: int = 4
     ratios: tuple[float, ...] = (0.5,)
     batch: int = 1
     errors: bool = False

@@ -23,7 +23,7 @@ _LEARNT = 0.8
 _JUDGED = 1_000_003  # seeds of judging stay apart from those of training
 _ONCE = ("single", "frequent")  # kinds whose questions are all the same
 _SPACING = 6  # of training: many statements, so that guessing among a few does not pay
-_ALONE = 0.3  # share of the tokens of training on many needles alone; beside easier kinds they are learnt late
+_ALONE = 0.4  # share of the tokens on which two layers learn many needles alone; deeper, or beside easier kinds, it takes long
 _WINDOW = 4  # tokens that the first layer sees
 _TEXTS = 64  # that are read to learn statistics of queries, questions included
 _PASS = 16  # tokens that come in at once after the prefill
@@ -34,14 +34,15 @@ class Settings:
     """How it is run.
 
     Attributes:
-        trained: tokens of training examples; the shortest come first, all but the longest with many needles alone, then all but
-            the shortest with all kinds.
+        trained: tokens of training examples, rising; all but the longest for two layers that learn many needles alone, then
+            all but the shortest with all kinds.
         length: tokens of an example that is judged, its questions included.
         ratios: shares of the keys that are removed after the prefill.
         decode_ratios: and while the context comes in.
         tokens: to train on.
         row_tokens: of a step.
-        dim, layers, heads, kv_heads: of the model; heads have dim / heads channels, and the first layer sees 4 tokens.
+        dim, layers, heads, kv_heads: of the model, 3 layers or more, the first of which sees 4 tokens; heads have dim / heads
+            channels.
         learning_rate: of the recipe.
         examples: judged of each kind.
         questions: of an example that is judged; twice as many in training.
@@ -134,29 +135,38 @@ def _loaded(folder: Path, device: torch.device) -> Any:
 
 
 def _train(settings: Settings, seed: int, place: Place) -> None:
+    """Two layers learn many needles alone, then all layers all kinds."""
+    name = f"seed {seed}, two layers"
+    _learn(settings, seed, place, name, _fresh(settings, 2, seed), ("multikey",), settings.trained[:-1], _ALONE)
+    small, whole = place.load(name), _fresh(settings, settings.layers, seed)
+    whole.load_state_dict(small.cpu().state_dict(), strict=False)
+    for layer in whole.model.layers[2:]:  # which say nothing yet
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    _learn(settings, seed, place, f"seed {seed}", whole, KINDS, settings.trained[1:], 1 - _ALONE)
+
+
+def _fresh(settings: Settings, layers: int, seed: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
         vocab_size=Ruler().vocab_size,
         hidden_size=settings.dim,
         intermediate_size=2 * settings.dim,
-        num_hidden_layers=settings.layers,
+        num_hidden_layers=layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.kv_heads,
         head_dim=settings.dim // settings.heads,
         use_sliding_window=True,
         sliding_window=_WINDOW,  # without it finding the token before takes most of the training
-        layer_types=["sliding_attention", *["full_attention"] * (settings.layers - 1)],
+        layer_types=["sliding_attention", *["full_attention"] * (layers - 1)],
         max_position_embeddings=2 * max(settings.length, *settings.trained),  # some methods read the context again
         bos_token_id=None,
         eos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = Qwen3ForCausalLM(config)
-    _learn(settings, seed, place, f"seed {seed}, many needles", fresh, ("multikey",), settings.trained[:-1], _ALONE)
-    begun = place.load(f"seed {seed}, many needles")
-    _learn(settings, seed, place, f"seed {seed}", begun, KINDS, settings.trained[1:], 1 - _ALONE)
+        return Qwen3ForCausalLM(config)
 
 
 def _learn(
@@ -212,13 +222,14 @@ CLAIM = Claim(
     source="Devoto et al. 2025 (arXiv:2510.00636)",
     protocol=(
         "A Qwen3 of four layers, the first of which sees a window of 4 tokens and is not compressed, is trained on needles "
-        "(one, many, two of a name), chains of two and the most common of many tokens; contexts of 500 tokens. " + PROTOCOL
+        "(one, many, two of a name), chains of two and the most common of many tokens, its first two layers beforehand on many "
+        "needles; contexts of 500 tokens. " + PROTOCOL
     ),
     minutes=3,
     device="cuda",
     settings=Settings,
     quick={
-        "trained": (48, 96), "length": 96, "ratios": (0.5,), "tokens": 20_000, "row_tokens": 512, "dim": 64, "layers": 2,
+        "trained": (48, 96), "length": 96, "ratios": (0.5,), "tokens": 20_000, "row_tokens": 512, "dim": 64, "layers": 3,
         "heads": 2, "kv_heads": 1, "examples": 4, "interval": 16, "batch": 20, "decode_ratios": (0.5,),
     },
     cells=_cells,
