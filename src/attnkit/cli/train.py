@@ -93,7 +93,7 @@ def _task(
     as_json: bool,
     **rest: Any,
 ) -> None:
-    """Train a model on the synthetic task NAME: mqar, needle, needle-multikey, variables, copy or permutations.
+    """Train a model on the synthetic task NAME: mqar, needle, needle-multikey, variables, copy, permutations or ruler.
 
     Every batch has examples of one of --lengths. Writes the same files as `attnkit train lm`, with exact scores.
 
