@@ -49,7 +49,10 @@ class Attention:
         for name in ("q_proj", "k_proj", "v_proj"):
             projection = getattr(self.module, name)
             states = torch.nn.functional.linear(hidden, projection.weight.to(hidden.dtype)).unflatten(-1, (-1, self.dim))
-            parts.append(states if name == "v_proj" else self.rope.rotate(states, positions))
+            if name != "v_proj":
+                states = self.rope.rotate(states, positions)
+                states[..., : self.rope.rotary_dim] *= self.rope.attention_factor
+            parts.append(states)
         queries, keys, values = (states.transpose(1, 2) for states in parts)
         return queries, keys, values
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contexts import attention, context, rows
+from contexts import Attention, context, rows
 from safetensors.torch import save_file
 
 from attnkit._core.errors import InputError, PolicyError, ShapeError
@@ -108,10 +108,13 @@ def test_methods_that_need_every_query_say_so(scorer: NonCausalAttention | Compa
 
 
 def test_unrotated_keys_are_those_of_the_projection() -> None:
-    layer = attention()
+    layer = Attention(4, 2, 7)  # of which six channels are rotated
+    plain = layer.rope
+    layer.rope = replace(plain, attention_factor=1.3)
     hidden = rows(30, 22)
     ctx = context(hidden, layer)
     keys = leverage.unrotated(ctx)
+    layer.rope = plain
     for row, length in ((0, 30), (1, 22)):
         _, expected, _ = layer.heads_of(hidden[row][None], torch.zeros(1, length, dtype=torch.int64))
         torch.testing.assert_close(keys[row, :, 30 - length :], expected[0], rtol=1e-4, atol=1e-5)

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from attnkit._core.errors import OptionError
@@ -124,19 +123,18 @@ class MergeWindow:
         lengths = line.lengths
         assert lengths is not None
         before = stays.cumsum(-1)  # kept tokens up to here: the place of the next one
-        along = attention.gather(-1, line.index).masked_fill(~line.live(), 0).cumsum(-1)
-        along = F.pad(along, (1, 0))
-        end = torch.minimum(before + self.targets, lengths[..., None])
-        many = end - before
-        mean = (along.gather(-1, end) - along.gather(-1, before)) / many.clamp(min=1)
+        many = (lengths[..., None] - before).clamp(max=self.targets)
+        nexts = [line.index.gather(-1, (before + step).clamp(max=size - 1)) for step in range(min(self.targets, size))]
+        heard = torch.zeros_like(attention)
+        for step, target in enumerate(nexts):
+            heard += attention.gather(-1, target) * (step < many)
+        mean = heard / many.clamp(min=1)
         chance = torch.where(mean > 0, attention / mean, (attention > 0).float())
         merged = goes & (many > 0) & (self._draws(ctx) < chance)
         share = ctx.stored.values.float() * (merged / many.clamp(min=1))[..., None]
         added = torch.zeros_like(share)
-        for step in range(min(self.targets, size)):
-            place = (before + step).clamp(max=size - 1)
-            target = line.index.gather(-1, place)[..., None].expand_as(share)
-            added.scatter_add_(2, target, share * (step < many)[..., None])
+        for step, target in enumerate(nexts):
+            added.scatter_add_(2, target[..., None].expand_as(share), share * (step < many)[..., None])
         return replace(ctx.stored, values=(ctx.stored.values.float() + added).to(ctx.stored.values.dtype))
 
     def _draws(self, ctx: ScoreContext) -> Tensor:

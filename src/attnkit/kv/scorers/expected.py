@@ -35,8 +35,7 @@ def _to_come(
         inv_freq=ctx.rope.inv_freq.to(mean.device),
         start=ctx.next_turned.expand(mean.shape[0]),
         horizon=horizon,
-        rope=rope,
-        attention_factor=ctx.rope.attention_factor,
+        rope=rope,  # the attention factor is in the moments already: turning queries back leaves it there
         interleaved=bool(ctx.rope.interleaved),
     )
     return (mean[..., :-1], None if cov is None else cov[..., :-1, :-1]) if odd else (mean, cov)

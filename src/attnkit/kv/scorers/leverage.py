@@ -35,8 +35,9 @@ def unrotated(ctx: ScoreContext) -> Tensor:
         return keys
     padding = ctx.query_positions[:, -1:] - ctx.query_turned[:, -1:]  # what a row's places count beside its tokens
     back = (padding[..., None] - ctx.stored.positions).expand(ctx.stored.shape)
-    turned = ctx.rope.rotate(keys.flatten(0, 1)[:, :, None], back.flatten(0, 1))
-    return turned.reshape(keys.shape) / ctx.rope.attention_factor
+    turned = ctx.rope.rotate(keys.flatten(0, 1)[:, :, None], back.flatten(0, 1))[:, :, 0]
+    turned[..., : 2 * ctx.rope.inv_freq.numel()] /= ctx.rope.attention_factor
+    return turned.reshape(keys.shape)
 
 
 @scorer("leverage_score")
