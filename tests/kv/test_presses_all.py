@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from contexts import Attention, attention, context, permuted, rows
+from contexts import WIDTH, Attention, attention, context, permuted, rows
+from learned_files import LEARNED, learned
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -43,15 +44,33 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "decode": {"interval": 8, "target": 14},
     "cam": {"interval": 8, "target": 14, "targets": 3},
     "per_layer": {"ratios": (0.5,) * LAYERS},
+    "finch": {"window": 5},
+    "attention_matching": {"window": 12},
+    "simlayerkv": {"recent": 9, "lazy": 0.3},
+    "duo_attention": {"sink": 2, "recent": 7},
+    "dms": {"threshold": -3.0, "sliding_window": 6},
 }
 SINKS = {"streaming_llm": 4, "lagkv": 4, "compactor": 3, "cur": 4, "expected_attention": 4, "capkv": 4}
 # (spec) what does not go together, and says so
 REFUSED = {f"{outer}:think" for outer in ("chunk", "chunkkv", "entropy_chunkkv", "block", "merge", "cam", "rerotate")}
-REFUSED |= {f"block:{name}" for name in ("observed_attention", "non_causal_attention", "compactor")}
+REFUSED |= {f"block:{name}" for name in ("observed_attention", "non_causal_attention", "compactor", "kvzap", "fastkvzip")}
+REFUSED |= {f"{outer}:think" for outer in ("criticalkv", "critical_adakv")}
+REFUSED |= {f"{outer}:attention_matching" for outer in ("merge", "cam", "rerotate")}
+REFUSED |= {f"block:{name}" for name in ("kvzip", "kvzip_plus", "kvcompose", "kvgrad", "restorekv")}
 # methods whose scores differ by head for a reason that a permutation of heads does not carry along
-OWN_HEADS = {"random": "draws differ by head"}
+OWN_HEADS = {
+    "random": "draws differ by head",
+    "kvzap": "weights differ by head",
+    "fastkvzip": "weights differ by head",
+    "lukv": "the table differs by head",
+}
 # methods and wrappers that keep another number of tokens than the budget asks for
-OWN_COUNTS: dict[str, str] = {}
+OWN_COUNTS: dict[str, str] = {
+    "simlayerkv": "layers keep everything or both ends",
+    "duo_attention": "heads keep everything or both ends",
+    "dms": "what reaches the threshold",
+    "lukv": "a table's",
+}
 
 
 class Layer:
@@ -78,6 +97,8 @@ def build(spec: str, ratio: float = 0.5, *, heads: int = 4, kv_heads: int = 2, d
     options: dict[str, Any] = {}
     for name in spec.split(":"):
         options |= OPTIONS.get(name, {})
+        if name in LEARNED and name != "duo_attention":
+            options[LEARNED[name]] = learned(name, kv_heads=kv_heads, width=WIDTH, layers=LAYERS)
     if spec.endswith("qfilter"):
         options["filters"] = FILTERS.expand(-1, kv_heads, dim).contiguous()
     if spec.endswith("_stats"):
@@ -130,7 +151,7 @@ def _names() -> list[str]:
 
 SPECS = _names()
 every = pytest.mark.parametrize("spec", SPECS)
-every_permutable = pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.split(":")[-1] not in OWN_HEADS])
+every_permutable = pytest.mark.parametrize("spec", [spec for spec in SPECS if not set(spec.split(":")) & set(OWN_HEADS)])
 every_repeatable = pytest.mark.parametrize("spec", [spec for spec in SPECS if "queries" not in build(spec).needs])
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "YaRN",
     "apply",
     "available",
+    "calibrate",
     "register_entmax",
     "register_hash_attention",
 ]
@@ -38,6 +39,7 @@ __getattr__, __dir__ = lazy_attributes(
         "YaRN": "attnkit.inference.positions",
         "apply": "attnkit.inference.applied",
         "available": "attnkit.inference.policy",
+        "calibrate": "attnkit.inference.calibrate",
         "register_entmax": "attnkit.inference.entmax",
         "register_hash_attention": "attnkit.inference.implementation",
     },

@@ -32,6 +32,7 @@ class _Forward(threading.local):
         self.hidden: Tensor | None = None
         self.input_ids: Tensor | None = None
         self.mask: Tensor | None = None
+        self.position_ids: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class PassDone:
         layers: its layers that keep positions.
         input_ids: [B, T], or None where embeddings were given.
         attention_mask: [B, seen], or None.
+        position_ids: [B or 1, T], or None where the model counts for itself.
     """
 
     text: Any
@@ -51,6 +53,7 @@ class PassDone:
     layers: list[KVLayer]
     input_ids: Tensor | None
     attention_mask: Tensor | None
+    position_ids: Tensor | None
 
 
 class Bridge:
@@ -90,6 +93,7 @@ class Bridge:
             raise PolicyError(f"past_key_values: a {type(cache).__name__} cannot be compressed; pass h.new_cache()")
         forward = self._forward
         forward.cache, forward.input_ids, forward.mask = cache, arguments.get("input_ids"), arguments.get("attention_mask")
+        forward.position_ids = arguments.get("position_ids")
         for layer in self._kv_layers():
             layer.served = True
 
@@ -97,14 +101,14 @@ class Bridge:
         """Forward hook of the text model, called after exceptions too: tell the cache method, let go of the cache."""
         del args
         forward, layers = self._forward, self._kv_layers()
-        passed = PassDone(text, forward.cache, layers, forward.input_ids, forward.mask)
+        passed = PassDone(text, forward.cache, layers, forward.input_ids, forward.mask, forward.position_ids)
         padding = forward.padding
         forward.__init__()  # type: ignore[misc]
         for layer in layers:
             layer.served = False
-        if output is None or not layers:  # an exception is on its way
+        if output is None or not layers or any(layer.listener for layer in layers):  # an exception, or the context read again
             return
-        if self.policy.cache is not None and not any(layer.listener for layer in layers):
+        if self.policy.cache is not None:
             self.policy.cache.after_pass(passed)
         for layer in layers:
             layer.settle(padding)

@@ -10,7 +10,7 @@ from attnkit._core.errors import OptionError
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.registry import wrapper
 
-__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Pyramid", "Uniform", "kept_of"]
+__all__ = ["Budget", "HeadAdaptive", "PerLayer", "Pyramid", "Uniform", "each", "kept_of"]
 
 
 class Budget(Protocol):
@@ -38,6 +38,11 @@ def kept_of(lengths: int | Tensor, ratio: float) -> int | Tensor:
     if isinstance(lengths, int):
         return max(1, int(lengths * (1 - ratio))) if lengths else 0
     return torch.where(lengths > 0, (lengths.double() * (1 - ratio)).floor().long().clamp(min=1), 0)
+
+
+def each(kept: int | Tensor, scores: Tensor) -> Tensor:
+    """`kept` as [B, Hkv] int64."""
+    return torch.full(scores.shape[:2], kept, device=scores.device) if isinstance(kept, int) else kept
 
 
 @dataclass(frozen=True)

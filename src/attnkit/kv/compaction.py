@@ -8,7 +8,7 @@ from torch import Tensor
 from attnkit._core.checks import FLOATS, accumulator_dtype, check_dtype, check_same, dims
 from attnkit._core.errors import OptionError, ShapeError
 
-__all__ = ["CompactKeys", "EvictedMoments", "evicted_moments", "match_attention", "moment_partial"]
+__all__ = ["CompactKeys", "EvictedMoments", "evicted_moments", "fit_attention", "match_attention", "moment_partial"]
 
 LARGEST_BIAS = 3.0
 STEPS = 200  # of the fit of masses
@@ -68,17 +68,47 @@ def match_attention(
     scores = scale * rows @ keys.to(wide).mT
     prob = torch.softmax(scores, -1)
     index = prob.square().mean(-2).topk(size, -1).indices.sort(-1).values
-    columns = index[..., None, :].expand(*prob.shape[:3], size)
-    weight = _masses(prob.gather(-1, columns))
-    bias = weight.log()
+    fitted, bias = fit_attention(scores, values, index, ridge=ridge)
+    return CompactKeys(index, fitted, bias)
+
+
+def fit_attention(
+    scores: Tensor,
+    values: Tensor,
+    index: Tensor,
+    *,
+    live: Tensor | None = None,
+    asked: Tensor | None = None,
+    ridge: float = 1e-3,
+) -> tuple[Tensor, Tensor]:
+    """Biases and values for keys that are chosen already; see `match_attention`.
+
+    Args:
+        scores: [..., r, S] in the accumulation dtype, of the queries of a group and all keys, -inf for what is no key.
+        values: [..., S, Dv].
+        index: [..., t] int64, the chosen keys.
+        live: [..., t] bool, which entries of `index` count; None when all do.
+        asked: [..., r] bool, which queries count; None when all do.
+        ridge: how strongly values hold on to their own, above 0.
+    Returns:
+        values [..., t, Dv] in their dtype and bias [..., t] in that of the scores, 0 where an entry does not count.
+    """
+    wide = scores.dtype
+    here = torch.ones_like(index, dtype=torch.bool) if live is None else live
+    counted = torch.ones_like(scores[..., 0], dtype=torch.bool) if asked is None else asked
+    prob = torch.softmax(scores, -1).nan_to_num(0.0) * counted[..., None]
+    columns = index[..., None, :].expand(*prob.shape[:-1], index.shape[-1])
+    bias = _masses(prob.gather(-1, columns) * here[..., None, :]).log()  # what does not count keeps its weight of 1
     kept = values.gather(-2, index[..., None].expand(*index.shape, values.shape[-1])).to(wide)
-    own = torch.softmax(scores.gather(-1, columns) + bias.to(wide)[..., None, :], -1).double()
+    chosen = (scores.gather(-1, columns) + bias.to(wide)[..., None, :]).masked_fill(~here[..., None, :], -torch.inf)
+    own = (torch.softmax(chosen, -1).nan_to_num(0.0) * counted[..., None]).double()
     missing = (prob @ values.to(wide)).double() - own @ kept.double()
     gram = own.mT @ own
-    level = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    gram = gram + level[..., None, None] * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    level = ridge * gram.diagonal(dim1=-2, dim2=-1).sum(-1) / here.sum(-1).clamp(min=1)
+    level = level.clamp(min=torch.finfo(torch.float64).tiny)
+    gram = gram + level[..., None, None] * torch.eye(index.shape[-1], dtype=gram.dtype, device=gram.device)
     change = torch.cholesky_solve(own.mT @ missing, torch.linalg.cholesky(gram))
-    return CompactKeys(index, (kept + change).to(values.dtype), bias.to(wide))
+    return (kept + change).to(values.dtype), bias.to(wide)
 
 
 def _masses(prob: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a press may look at when it decides which keys stay."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -108,6 +108,7 @@ class ScoreContext:
         rope: the model's rotation; None where the press does not ask for it.
         ratio: the fraction that the press removes.
         phase: "prefill" or "decode".
+        memory: what the scorer left there the last time it saw this layer; tensors have rows first.
     """
 
     stored: Stored
@@ -126,6 +127,7 @@ class ScoreContext:
     rope: Rotation | None
     ratio: float
     phase: str
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def groups(self) -> int:

@@ -26,6 +26,7 @@ class Notes:
         prefilled: the context has been read.
         since: tokens since then, or since the press last compressed.
         pending: (context, scores or None), for what is decided when all layers are done.
+        memory: what the scorer wants to find again, by names of its own; tensors have rows first.
     """
 
     prefilled: bool = False
@@ -38,6 +39,7 @@ class Notes:
     hidden: Tensor | None = None
     moments: Any = None
     whole: bool = field(default=True)
+    memory: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, call: LayerCall, press: "Press") -> str | None:
         """Note one pass; returns "prefill" where it completes the context, "decode" after that, None before.
@@ -138,11 +140,12 @@ class Notes:
             rope=call.rope,
             ratio=press.ratio,
             phase=phase,
+            memory=self.memory,
         )
 
     def copy(self) -> "Notes":
         """A copy that shares no tensor that changes."""
-        return replace(self, moments=copy(self.moments))
+        return replace(self, moments=copy(self.moments), memory=dict(self.memory))
 
     def forget(self, count: int) -> None:
         """The newest `count` tokens are taken back: forget their queries."""
@@ -160,6 +163,7 @@ class Notes:
             setattr(self, name, value if value is None or alike else change(value))
         if self.moments is not None:
             self.moments = self.moments.rows(change)
+        self.memory = {name: change(value) for name, value in self.memory.items()}
 
 
 def _prefill_window(press: "Press") -> int | None:

@@ -1,6 +1,6 @@
 """A press: a compression method put together from its parts, and what it does to a layer of the cache."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -72,7 +72,7 @@ class Press:
     schedule: Schedule = field(default_factory=AfterPrefill)
     buffer: int = 256
     spec: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
+    options: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # may hold lists
 
     def __post_init__(self) -> None:
         if not 0 <= self.ratio < 1:
@@ -157,7 +157,7 @@ class Press:
             return
         scores = _real_only(self.scorer.score(ctx), ctx)
         if hasattr(self.budget, "share"):
-            notes.pending = (ctx, scores)
+            notes.pending = (replace(ctx, hidden=None), scores)  # the states of all layers would not fit
             return
         self._finish(call.layer, ctx, scores, self.budget.counts(ctx, scores, self._kept(ctx)))
         notes.since = 0
@@ -180,6 +180,7 @@ class PassDone(Protocol):
         cache: the cache.
         input_ids: [B, T] of this pass, or None where embeddings were given.
         attention_mask: [B, seen] or None.
+        position_ids: [B or 1, T], or None where the model counts for itself.
     """
 
     text: Any
@@ -187,6 +188,7 @@ class PassDone(Protocol):
     cache: Any
     input_ids: Tensor | None
     attention_mask: Tensor | None
+    position_ids: Tensor | None
 
 
 def _real_only(scores: Tensor, ctx: ScoreContext) -> Tensor:
@@ -222,6 +224,9 @@ class Chain:
 
     def after(self, call: LayerCall) -> None:
         """Each in turn."""
+        if call.layer.listener is not None:
+            call.layer.listener(call)
+            return
         owner = call.layer.owner
         if owner not in (None, self):
             raise PolicyError(f"the cache was thinned out by {owner}; {self.name} needs a cache of its own, h.new_cache()")

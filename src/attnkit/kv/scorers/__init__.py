@@ -5,7 +5,21 @@ import importlib
 
 __all__ = ["load"]
 
-_FILES = ("simple", "attention", "keys", "leverage", "expected")
+_FILES = (
+    "simple",
+    "attention",
+    "keys",
+    "leverage",
+    "expected",
+    "protect",
+    "critical",
+    "patterns",
+    "gates",
+    "replay",
+    "gradient",
+    "restore",
+    "matching",
+)
 
 
 @functools.cache
