@@ -151,7 +151,7 @@ def test_filters_come_from_a_file_or_say_what_is_wrong(tmp_path) -> None:  # typ
     save_file({"other": filters}, tmp_path / "bad.safetensors")
     made = QFilter(str(tmp_path / "good.safetensors"))
     torch.testing.assert_close(made.score(ctx), -torch.einsum("bhsd,hd->bhs", ctx.stored.keys, filters[1]))
-    with pytest.raises(InputError, match="no tensor 'q_filters', only other"):
+    with pytest.raises(InputError, match="no tensor 'q_filters'; it has other"):
         QFilter(str(tmp_path / "bad.safetensors")).score(ctx)
     with pytest.raises(ShapeError, match=r"\(3, 2, 8\) \(layers, key heads, width\)"):
         QFilter(filters[:, :1]).score(ctx)
