@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 from attnkit._core.triton.maths import LN2, LOG2E  # noqa: E402
 from attnkit.ops._attention_core._triton.steps import raised_max  # noqa: E402
+from attnkit.ops._attention_core._triton.tiles import _search  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (interpreted() or torch.cuda.is_available()), reason="needs the interpreter or a GPU")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,3 +203,21 @@ def test_the_moved_maximum_is_that_of_the_emulator() -> None:
     out = torch.empty_like(top)
     _raise[(1,)](top, ties, out, BLOCK=16)
     torch.testing.assert_close(out * LN2.value, dynamic_max_shift(top, ties, beta=4.0), rtol=1e-6, atol=1e-5)
+
+
+@triton.jit
+def _find(values, guesses, bounds, out, lo, hi):  # type: ignore[no-untyped-def]
+    i = tl.program_id(0)
+    tl.store(out + i, _search(values, lo, hi, tl.load(guesses + i), tl.load(bounds + i), 0))
+
+
+@pytest.mark.parametrize("size", [3, 600, 3000])
+def test_a_search_finds_its_row_from_any_guess(size: int) -> None:
+    lo, hi = size // 3, size - 1
+    values = torch.randint(0, 2 * size, (size,), device=DEVICE, dtype=torch.int32).sort().values
+    corners = torch.tensor([-(1 << 30), 0, lo, hi, 1 << 30], device=DEVICE)
+    guesses = torch.cat((corners, torch.randint(0, size, (35,), device=DEVICE))).int().repeat(3)
+    bounds = torch.randint(-1, 2 * size + 1, guesses.shape, device=DEVICE, dtype=torch.int32)
+    out = torch.empty_like(bounds)
+    _find[(len(bounds),)](values, guesses, bounds, out, lo, hi)
+    assert torch.equal(out.long(), lo + torch.searchsorted(values[lo:hi], bounds))

@@ -10,6 +10,7 @@ from attnkit.ops._attention_core._triton.steps import (
     alpha_end,
     alpha_step,
     load_bias,
+    load_pair,
     load_tile,
     norm_factor,
     rows_at,
@@ -34,11 +35,11 @@ __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 
 @triton.jit
 def bwd_prep(
-    out, rest, d_out, lse, d_lse, lse2, delta,
+    out, rest, d_out, lse, d_lse, lse2, delta, q_rows,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
     num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, ENTMAX: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] so that tiles of rows are contiguous.
+    """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] in the order that kernels walk over rows.
 
     `rest` (or None) is what rounding took from `out`, in its strides; without `out` delta is -d_lse alone. Rows that saw
     nothing get lse2 = +inf: their probabilities come out as 0. ENTMAX: lse is tau and stays, and out
@@ -49,8 +50,11 @@ def bwd_prep(
     first = pid % num_tiles * BLOCK_M
     head, i_b = (pid // num_tiles % heads).to(tl.int64), (pid // num_tiles // heads).to(tl.int64)
     o_m, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
+    m_row = first + o_m < num_q
+    p_row = (i_b * heads + head) * num_q + first + o_m
     row = (first + o_m).to(tl.int64)
-    m_row = row < num_q
+    if q_rows is not None:
+        row = tl.load(q_rows + first + o_m, mask=m_row, other=0).to(tl.int64)
     mask = m_row[:, None] & (o_dv < width_v)[None, :]
     b_delta = tl.zeros([BLOCK_M], tl.float32)
     if out is not None:
@@ -61,7 +65,6 @@ def bwd_prep(
             b_out += tl.load(rest + o_out, mask=mask, other=0.0).to(tl.float32)
         b_delta = tl.sum(b_out * tl.load(d_out + o_d_out, mask=mask, other=0.0).to(tl.float32), 1)
     b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_row, other=0.0)
-    p_row = (i_b * heads + head) * num_q + row
     if d_lse is not None:
         b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
         b_delta -= b_d_lse.to(tl.float32)
@@ -164,16 +167,18 @@ def bwd_dq(
         return
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     m_row = first + o_m < end
-    o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
-    lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
-
     kv_head = (head // kv_group).to(tl.int64)
     i_b, head = i_b.to(tl.int64), head.to(tl.int64)
+    if q_rows is not None and EVEN:  # rows are contiguous
+        stride_qt, stride_ks, stride_gt, stride_vs = BLOCK_D, BLOCK_D, BLOCK_DV, BLOCK_DV
+    # loads first, which take as long as finding the bounds
     row, o_row = rows_at(q_rows, first, o_m, m_row, True)
     b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_row, stride_qt, o_d, m_row, width, True, EVEN)
     b_d_out = load_tile(
         d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN
     )
+    o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
+    lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
     p_row = (i_b * heads + head) * num_q + first.to(tl.int64) + o_m
     b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
     b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
@@ -229,9 +234,9 @@ def _visit_rows(
 ):  # fmt: skip
     """Add what the rows first .. first + BLOCK_M contribute to d_k / scale, d_v and the bias's gradient.
 
-    Scores are computed transposed, [keys, rows]; MASKED: some rows do not see some keys, or lie at `end` or beyond.
+    Scores are computed transposed, [keys, rows]; MASKED: some rows lie at `end` or beyond, or do not see some keys.
     """
-    b_k, b_v, b_bias, m_key = keys
+    b_k, b_v, b_bias = keys
     q, d_out, lse2, delta, q_pos, q_rows, stride_qt, stride_gt = rows
     scale, factor, left, right, softcap, width, width_v = rules
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -239,19 +244,17 @@ def _visit_rows(
     step, o_row = rows_at(q_rows, first, o_m, m_row, MASKED)
     b_q = load_tile(q + step * stride_qt, o_row, stride_qt, o_d, m_row, width, MASKED, EVEN)
     b_d_out = load_tile(d_out + step * stride_gt, o_row, stride_gt, o_dv, m_row, width_v, MASKED, EVEN)
+    b_lse2, b_delta = load_pair(lse2 + first + o_m, delta + first + o_m, m_row, MASKED)
     if MASKED:
-        b_lse2 = tl.load(lse2 + first + o_m, mask=m_row, other=float("inf"))  # rows outside: probability 0
-        b_delta = tl.load(delta + first + o_m, mask=m_row, other=0.0)
-    else:
-        b_lse2, b_delta = tl.load(lse2 + first + o_m), tl.load(delta + first + o_m)
+        b_lse2 = tl.where(m_row, b_lse2, float("inf"))  # rows outside: probability 0
     s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     t, c = scores(s, b_bias[:, None] if BIAS else None, scale, softcap, factor, SOFTCAP, BIAS)
     if MASKED:
         if ROWS == "positions" or ROWS == "indexed":
-            o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
+            o_pos, _ = load_pair(q_pos + first + o_m, q_pos + first + o_m, m_row, True)
         else:
             o_pos = first + o_m + shift
-        see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW) & m_key[:, None]
+        see = seen(o_pos[None, :], o_key[:, None], left, right, WINDOW)  # keys outside write nothing
         t = tl.where(see, t, float("-inf"))
     dp = tl.dot(b_v, tl.trans(b_d_out), input_precision=PRECISION)
     p, ds = score_gradient(t, c, b_lse2[None, :], dp, b_delta[None, :], factor, NORM)
@@ -266,18 +269,25 @@ def _visit_rows(
 
 @triton.jit
 def _walk_rows(
-    start, stop, body, end, live, count, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+    span, end, live, count, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASKED: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The rows start, start + BLOCK_M ... below stop, with MASKED but for those of the body (first, size); or the `count` of
-    them that are on the list `live`, if there is one."""
-    if live is None:
-        for step in tl.range(start, stop - body[1] if MASKED else stop, BLOCK_M):
-            first = step
-            if MASKED:
-                first += tl.where(step < body[0], 0, body[1])
+    """Of the rows of a span (lo, head_end, body_end, hi) those in the middle or, MASKED, those at both ends, which are one
+    loop because a loop is a copy of the whole step. In the middle `live` (or None) lists the `count` steps to visit."""
+    lo, head_end, body_end, hi = span
+    if MASKED:
+        num_head = tl.cdiv(tl.minimum(head_end, hi) - lo, BLOCK_M)
+        count = num_head + tl.maximum(tl.cdiv(hi - body_end, BLOCK_M), 0)
+        for i in tl.range(0, count):
+            first = tl.where(i < num_head, lo + i * BLOCK_M, body_end + (i - num_head) * BLOCK_M)
+            d_k, d_v, d_bias = _visit_rows(
+                first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
+                BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
+            )  # fmt: skip
+    elif live is None:
+        for first in tl.range(head_end, body_end, BLOCK_M):
             d_k, d_v, d_bias = _visit_rows(
                 first, end, keys, o_key, shift, d_k, d_v, d_bias, rows, rules,
                 BLOCK_M, BLOCK_D, BLOCK_DV, MASKED, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
@@ -329,12 +339,14 @@ def bwd_dkdv(
         lo, hi = rows_near(q_pos + i_b * stride_pb, num_q, first, last, left, right, WINDOW)
         full_lo, full_hi = hi, hi
     elif ROWS == "indexed":
-        lo, full_lo, full_hi, hi = rows_behind(q_pos, first, last, q_start, q_end, left, right, WINDOW)
+        lo, full_lo, full_hi, hi = rows_behind(q_pos, first, last, q_start, q_end, shift, left, right, WINDOW)
     else:
         lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
     if ROWS == "dense":
         lo = lo // BLOCK_M * BLOCK_M
     i_b, kv_head = i_b.to(tl.int64), kv_head.to(tl.int64)
+    if q_rows is not None and EVEN:  # rows are contiguous
+        stride_qt, stride_ks, stride_gt, stride_vs = BLOCK_D, BLOCK_D, BLOCK_DV, BLOCK_DV
     row, o_row = rows_at(k_rows, first, o_n, m_key, True)
     b_k = load_tile(
         k + i_b * stride_kb + row * stride_ks + kv_head * stride_kh, o_row, stride_ks, o_d, m_key, width, True, EVEN
@@ -355,11 +367,11 @@ def bwd_dkdv(
     per_part = kv_group // tl.num_programs(1)
     head = kv_head * kv_group + part * per_part
     head_end, body_end = cut(lo, full_lo, full_hi, hi, BLOCK_M, True)
-    body = (head_end, body_end - head_end)
+    span = (lo, head_end, body_end, hi)
     if live is not None:
         live += (part * tl.num_programs(0) + pid).to(tl.int64) * stride_live
     count = 0
-    keys = (b_k, b_v, b_bias if BIAS else m_key, m_key)  # without BIAS the third is not looked at
+    keys = (b_k, b_v, b_bias if BIAS else m_key)  # without BIAS the third is not looked at
     for i_h in range(0, per_part):
         p_row = (i_b * heads + head + i_h) * num_q
         p_q = q + i_b * stride_qb + (head + i_h) * stride_qh
@@ -375,11 +387,11 @@ def bwd_dkdv(
             )
             tl.debug_barrier()
         acc_k, acc_v, acc_b = _walk_rows(
-            lo, hi, body, hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+            span, hi, None, 0, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
             BLOCK_M, BLOCK_D, BLOCK_DV, True, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
         acc_k, acc_v, acc_b = _walk_rows(
-            head_end, body_end, body, hi, live, count, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
+            span, hi, live, count, keys, o_key, shift, acc_k, acc_v, acc_b, rows, rules,
             BLOCK_M, BLOCK_D, BLOCK_DV, False, ROWS, WINDOW, SOFTCAP, BIAS, NORM, EVEN, PRECISION,
         )  # fmt: skip
 

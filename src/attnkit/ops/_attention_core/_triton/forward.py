@@ -314,6 +314,14 @@ def fwd(
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     o_t, o_h = o_m // GROUP, o_m % GROUP
     m_row = (o_t < TOKENS) & (first + o_t < end)
+    i_b, head, kv_head = i_b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
+    if q_rows is not None and EVEN:  # rows are contiguous
+        stride_qt, stride_ks, stride_vs = BLOCK_D, BLOCK_D, BLOCK_DV
+    # loads first, which take as long as finding the bounds
+    step, o_row = rows_at(q_rows, first, o_t, m_row, True)
+    q += i_b * stride_qb + head * stride_qh + step * stride_qt
+    p_q = q + (o_row * stride_qt + o_h.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
+    b_q = tl.load(p_q, mask=m_row[:, None] & (EVEN | (o_d < width))[None, :], other=0.0)
     o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_t, m_row, TOKENS, ROWS)
     lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
     if SPLIT:
@@ -322,12 +330,6 @@ def fwd(
         hi = tl.minimum(lo + share, hi)
         full_lo = tl.minimum(tl.maximum(full_lo, lo), hi)
         full_hi = tl.minimum(full_hi, hi)
-
-    i_b, head, kv_head = i_b.to(tl.int64), head.to(tl.int64), kv_head.to(tl.int64)
-    step, o_row = rows_at(q_rows, first, o_t, m_row, True)
-    q += i_b * stride_qb + head * stride_qh + step * stride_qt
-    p_q = q + (o_row * stride_qt + o_h.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_row[:, None] & (EVEN | (o_d < width))[None, :], other=0.0)
     k += i_b * stride_kb + kv_head * stride_kh
     v += i_b * stride_vb + kv_head * stride_vh
     if BIAS:

@@ -56,8 +56,8 @@ class Launch:
     softcap: float
     stable: str
     _: KW_ONLY
-    q_rows: Tensor | None = None  # [T] int32 or int64, a permutation: where the rows that cu_q counts lie in q, alone or
-    k_rows: Tensor | None = None  # with k_rows [S], for k and v; results lie where the inputs do
+    q_rows: Tensor | None = None  # [T] int32 or int64, a permutation: where the rows that cu_q counts lie in q, with
+    k_rows: Tensor | None = None  # k_rows [S], for k and v; rows are contiguous, and results lie where the inputs do
     norm: str = "softmax"  # or "entmax15", "sparsemax", "entmax" with an alpha of each head
     gaps: Tensor | None = None  # [H] float32, alpha - 1 of "entmax"
     n_refine: int = 2  # updates of tau, at least
@@ -243,13 +243,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent or not needed)."""
     d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
+    if p.q_rows is not None:
+        d_out = d_out.contiguous()
     d_out, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (d_out, out))
     exact = p.stable == "exact_delta"
     lse2, delta = row_constants(p, d_out, d_lse, None if exact else out, lse, rest)
     if exact:
         add_exact_delta(p, d_out, lse2, delta)
-    if p.q_rows is not None:  # in the order that kernels walk over them
-        lse2, delta = (t.flatten()[p.q_rows].view_as(t) for t in (lse2, delta))
     d_q = backward_queries(p, d_out, lse2, delta)
     d_k, d_v, d_bias = backward_keys(p, d_out, lse2, delta)
     d_sinks, d_key_bias = p.q.new_empty(0), p.q.new_empty(0)
@@ -265,13 +265,13 @@ def backward(
 def row_constants(
     p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor | None, lse: Tensor, rest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * (out + rest)) - d_lse: float32 [B, H, T]."""
+    """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * (out + rest)) - d_lse: float32 [B, H, T], by `q_rows`."""
     lse2, delta = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
     out_strides, d_lse_strides = ((0, 0, 0) if t is None else t.stride()[:3] for t in (out, d_lse))
     if lse2.numel():
         tiles = _cdiv(p.num_q, 64)
         arguments = (
-            out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, *out_strides, *d_out.stride()[:3], *d_lse_strides,
+            out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, p.q_rows, *out_strides, *d_out.stride()[:3], *d_lse_strides,
             p.num_q, p.heads, tiles, p.width_v,
         )  # fmt: skip
         launch(

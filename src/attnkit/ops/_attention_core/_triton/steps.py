@@ -21,6 +21,7 @@ __all__ = [
     "entmax_start",
     "entmax_step",
     "load_bias",
+    "load_pair",
     "load_tile",
     "norm_factor",
     "raised_max",
@@ -66,6 +67,20 @@ def load_tile(base, o_row, stride, o_col, row_mask, width, MASKED: tl.constexpr,
             return tl.load(p, mask=row_mask[:, None] & (o_col < width)[None, :], other=0.0)
         else:
             return tl.load(p, mask=(o_col < width)[None, :], other=0.0)
+
+
+@triton.jit
+def load_pair(p_a, p_b, mask, MASKED: tl.constexpr):
+    """The numbers of a row at p_a and p_b, [rows] each; 0 where mask (if MASKED) says.
+
+    Loaded as one tensor: one of fewer numbers than threads gets the layout of its use from Triton, in which each thread
+    fetches all its numbers by itself. In the keys' backward pass that was half of a step's instructions.
+    """
+    p = tl.where(tl.arange(0, 2)[None, :] == 0, p_a[:, None], p_b[:, None])
+    if MASKED:
+        return tl.split(tl.load(p, mask=mask[:, None], other=0))
+    else:
+        return tl.split(tl.load(p))
 
 
 @triton.jit

@@ -17,20 +17,33 @@ import triton.language as tl
 __all__ = ["cut", "key_bounds", "live_rows", "locate", "place", "query_bounds", "rows_behind", "rows_near"]
 
 
-@triton.jit
-def _search(values, lo, hi, bound, BLOCK: tl.constexpr):
-    """The first i in [lo, hi) with values[i] >= bound, hi if there is none; a step leaves one part of 128.
+_NEAR = tl.constexpr(512)  # values around a guess, looked at together
 
-    With BLOCK, values are boundaries of sequences and what is compared is the first tile of each.
+
+@triton.jit
+def _count_below(values, i, hi, bound, BLOCK: tl.constexpr):
+    value = tl.load(values + i, mask=i < hi, other=0)
+    if BLOCK:
+        value = value // BLOCK + i
+    return tl.sum(((i < hi) & (value < bound)).to(tl.int32))
+
+
+@triton.jit
+def _search(values, lo, hi, guess, bound, BLOCK: tl.constexpr):
+    """The first i in [lo, hi) with values[i] >= bound, hi if there is none.
+
+    A program can do nothing else before it knows, and a step is a load and a sum over threads: the first looks near a guess,
+    where i lies as a rule, and each further one leaves one part of 128. With BLOCK, values are boundaries of sequences and
+    what is compared is the first tile of each.
     """
     lo, hi = tl.cast(lo, tl.int32), tl.cast(hi, tl.int32)  # a 0 or 1 comes as a constant, which a loop cannot change
+    start = tl.maximum(tl.minimum(guess, hi - _NEAR), lo)
+    near = _count_below(values, start + tl.arange(0, _NEAR), hi, bound, BLOCK)
+    lo = tl.where(near > 0, start + near, lo)
+    hi = tl.where(near < _NEAR, start + near, hi)
     while lo < hi:
         step = tl.cdiv(hi - lo, 128)
-        i = lo + step * tl.arange(0, 128)
-        value = tl.load(values + i, mask=i < hi, other=0)
-        if BLOCK:
-            value = value // BLOCK + i
-        below = tl.sum(((i < hi) & (value < bound)).to(tl.int32))
+        below = _count_below(values, lo + step * tl.arange(0, 128), hi, bound, BLOCK)
         hi = tl.minimum(hi, lo + below * step)
         lo += tl.maximum((below - 1) * step + 1, 0)
     return lo
@@ -43,7 +56,9 @@ def locate(tile, cu, cu_other, num_seqs, length, length_other, BLOCK: tl.constex
     A tile whose first row is not below the end holds nothing.
     """
     if ROWS == "packed" or ROWS == "indexed":
-        i_seq = _search(cu, 0, num_seqs + 1, tile + 1, BLOCK) - 1
+        used = (tl.load(cu + num_seqs) // BLOCK + num_seqs + 1).to(tl.float32)
+        guess = (tile * (num_seqs / used)).to(tl.int32) - _NEAR // 2  # as if sequences were equally long
+        i_seq = _search(cu, 0, num_seqs + 1, guess, tile + 1, BLOCK) - 1
         extra = i_seq == num_seqs  # rows behind the last boundary
         begin = tl.load(cu + i_seq)
         end = tl.load(cu + i_seq + 1, mask=i_seq < num_seqs, other=0)
@@ -106,15 +121,15 @@ def cut(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def rows_behind(q_pos, low, high, start, end, left, right, WINDOW: tl.constexpr):
-    """`query_bounds` for rows start..end that stand on rising positions."""
-    lo = _search(q_pos, start, end, low - right, 0)
-    full_lo = _search(q_pos, lo, end, high - right, 0)
+def rows_behind(q_pos, low, high, start, end, shift, left, right, WINDOW: tl.constexpr):
+    """`query_bounds` for rows start..end that stand on rising positions, row i near key i + shift as a rule."""
+    lo = _search(q_pos, start, end, low - right - shift - _NEAR // 2, low - right, 0)
+    full_lo = _search(q_pos, lo, end, lo, high - right, 0)
     hi = end
     full_hi = end
     if WINDOW:
-        hi = _search(q_pos, lo, end, high + left + 1, 0)
-        full_hi = _search(q_pos, lo, hi, low + left + 1, 0)
+        hi = _search(q_pos, lo, end, high + left - shift - _NEAR // 2, high + left + 1, 0)
+        full_hi = _search(q_pos, lo, hi, low + left - shift - _NEAR // 2, low + left + 1, 0)
     return lo, full_lo, full_hi, hi
 
 
