@@ -53,12 +53,15 @@ class Method:
 
 
 def prefilling() -> list[Method]:
-    """Every base method, variants of expected attention, budgets shared by heads, and every wrapper of the prefill once."""
+    """Every base method, variants of expected attention, budgets shared by heads, and every wrapper of the prefill once.
+
+    Those that decide come first.
+    """
     bases = kv.methods()  # registers wrappers, too
-    wrapped = [f"adakv:{name}" for name in ADAPTED]
-    wrapped += [f"{name}:expected_attention" for name in WRAPPERS if name not in (*_WHILE_DECODING, "adakv")]
-    found = [Method(name, name) for name in (*bases, *wrapped)]
-    return found + [Method(name, name.split(",")[0], options) for name, options in _VARIANTS.items()]
+    wrapped = [f"{name}:expected_attention" for name in WRAPPERS if name not in (*_WHILE_DECODING, "adakv")]
+    names = dict.fromkeys([*MAIN, *ADAPTED, *(f"adakv:{name}" for name in ADAPTED)])
+    variants = [Method(name, name.split(",")[0], options) for name, options in _VARIANTS.items()]
+    return [*(Method(name, name) for name in names), *variants, *(Method(n, n) for n in (*bases, *wrapped) if n not in names)]
 
 
 def decoding(interval: int) -> list[Method]:
