@@ -21,6 +21,8 @@ WHOLE = (
     "scfa-lm",
     "scfa-lm-8k",
     "scfa-lm-8-buckets",
+    "kv-needles",
+    "kv-recall-cpu",
 )  # their tables are quoted as they are
 SCHEMA = ROOT / "src" / "attnkit" / "report" / "schemas" / "attnkit.claim-1.json"
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from attnkit import inference, kv
+from attnkit._core.errors import InputError
 from attnkit.lab.claims import CLAIMS, run
 from attnkit.lab.claims.kv_asked import ADAPTED, MAIN, Asked, Method, ask, decoding, future_mass, oracle, prefilling
+from attnkit.lab.claims.kv_needles import _hidden
 from attnkit.lab.claims.kv_verdict import conclude_rows, measure
 from attnkit.testing import tiny_model
 
@@ -136,14 +138,14 @@ def planted(**accuracies: float) -> Any:
     ],
 )
 def test_the_verdict(accuracies: dict[str, float], outcome: str) -> None:
-    verdict = conclude_rows(planted(**accuracies), kinds=KINDS, learnt=0.8).verdict
+    verdict = conclude_rows(planted(**accuracies), learnt=0.8).verdict
     assert verdict.outcome == outcome, verdict.reason
 
 
 def test_part_of_the_rows_decides_nothing() -> None:
     rows = planted()
     for count in range(len(rows)):
-        assert conclude_rows(rows[:count], kinds=KINDS, learnt=0.8).verdict.outcome == "undecided"
+        assert conclude_rows(rows[:count], learnt=0.8).verdict.outcome == "undecided"
 
 
 def test_the_quick_form_runs(tmp_path: Path) -> None:
@@ -152,3 +154,10 @@ def test_the_quick_form_runs(tmp_path: Path) -> None:
         ("prefill", "knorm"), ("prefill", "adakv:knorm"), ("decode", "decode:knorm"),
     }  # fmt: skip
     assert all(row["held"] == 0.5 for row in document["rows"])
+
+
+def test_needles_stand_between_stretches_of_text() -> None:
+    found = _hidden([1, 2], list(range(100, 200)), [[7, 7], [8, 8]], 15)
+    assert found == [1, 2, 100, 101, 102, 7, 7, 103, 104, 105, 8, 8, 106, 107, 108]
+    with pytest.raises(InputError, match="length=7 has no room"):
+        _hidden([1, 2], list(range(100, 200)), [[7, 7], [8, 8]], 7)

@@ -136,7 +136,7 @@ def ask(model: Any, press: Any, given: Asked, *, pieces: Sequence[int] | None = 
     return torch.stack(hits, 1), held
 
 
-def _held(cache: kv.KVCache) -> float:
+def _held(cache: Any) -> float:
     """Tokens a head, mean over layers, rows and heads."""
     total = 0.0
     for layer in cache.kv_layers:
@@ -150,12 +150,14 @@ def future_mass(model: Any, given: Asked) -> tuple[Tensor, ...]:
     group's heads. What sliding layers say of the newest keys means nothing, and no press asks for it."""
     from transformers import DynamicCache
 
+    from attnkit.inference.compat import get_attention_name, set_attention_name
+
     size, config = given.context.shape[1], model.config
     cache = DynamicCache(config=config)
     model(given.context, past_key_values=cache, logits_to_keep=1)
-    before = config._attn_implementation
+    before = get_attention_name(config)
     totals: list[Any] = [0.0] * config.num_hidden_layers
-    model.set_attn_implementation("eager")  # the one that returns weights
+    set_attention_name(config, "eager")  # the one that returns weights
     try:
         for asked in given.asked.unbind(1):
             found = model(asked, past_key_values=copy.deepcopy(cache), output_attentions=True, logits_to_keep=1).attentions
@@ -163,7 +165,7 @@ def future_mass(model: Any, given: Asked) -> tuple[Tensor, ...]:
                 shared = weights[..., :size].float().unflatten(1, (config.num_key_value_heads, -1))
                 totals[layer] = totals[layer] + shared.mean(2).sum(2)
     finally:
-        model.set_attn_implementation(before)
+        set_attention_name(config, before)
     return tuple(totals)
 
 

@@ -173,7 +173,7 @@ def _hidden(before: list[int], hay: list[int], parts: list[list[int]], length: i
 
 def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
     del settings
-    return conclude_rows(rows, kinds=(_KIND,), learnt=_LEARNT)
+    return conclude_rows(rows, learnt=_LEARNT)
 
 
 CLAIM = Claim(

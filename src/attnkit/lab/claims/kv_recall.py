@@ -15,7 +15,6 @@ from attnkit.lab.claims.claim import Cell, Claim, Conclusion, Row
 from attnkit.lab.claims.kv_asked import ORACLES, Asked, Method, decoding, future_mass, oracle, prefilling
 from attnkit.lab.claims.kv_verdict import DENSE, PROTOCOL, conclude_rows, measure
 from attnkit.lab.claims.place import Place
-from attnkit.training.tasks.ruler import KINDS, Ruler
 
 __all__ = ["CLAIM"]
 
@@ -83,6 +82,8 @@ def _cells(settings: Settings) -> list[Cell]:
 
 def _measure_whole(settings: Settings, seed: int, place: Place) -> list[Row]:
     """Nothing dropped, and the oracles; the model learns what methods want to know of it."""
+    from attnkit.training.tasks.ruler import Ruler
+
     rows = _measure(settings, seed, "prefill", DENSE, lambda ratio, given: None, place)
     model = _model(settings, seed, place)
     texts = Ruler(questions=settings.questions).generate(seed, _TEXTS, settings.length).input_ids
@@ -108,6 +109,8 @@ def _oracle(model: Any, adaptive: bool, ratio: float, given: Asked) -> Any:
 def _measure(
     settings: Settings, seed: int, phase: str, name: str, press: Callable[[float, Asked], Any], place: Place
 ) -> list[Row]:
+    from attnkit.training.tasks.ruler import KINDS
+
     model = _model(settings, seed, place)
     given = _given(settings, seed, place.device)
     size, pieces, ratios = given.context.shape[1], None, (0.0,) if name == DENSE else settings.ratios
@@ -136,6 +139,8 @@ def _loaded(folder: Path, device: torch.device) -> Any:
 
 def _train(settings: Settings, seed: int, place: Place) -> None:
     """Two layers learn many needles alone, then all layers all kinds."""
+    from attnkit.training.tasks.ruler import KINDS
+
     name = f"seed {seed}, two layers"
     _learn(settings, seed, place, name, _fresh(settings, 2, seed), ("multikey",), settings.trained[:-1], _ALONE)
     small, whole = place.load(name), _fresh(settings, settings.layers, seed)
@@ -148,6 +153,8 @@ def _train(settings: Settings, seed: int, place: Place) -> None:
 
 def _fresh(settings: Settings, layers: int, seed: int) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from attnkit.training.tasks.ruler import Ruler
 
     config = Qwen3Config(
         vocab_size=Ruler().vocab_size,
@@ -180,6 +187,7 @@ def _learn(
     share: float,
 ) -> None:
     from attnkit import training
+    from attnkit.training.tasks.ruler import Ruler
 
     steps = max(1, int(share * settings.tokens) // settings.row_tokens)
     task = Ruler(kinds=kinds, questions=2 * settings.questions, spacing=_SPACING)
@@ -192,6 +200,8 @@ def _learn(
 
 def _given(settings: Settings, seed: int, device: torch.device) -> Asked:
     """Contexts of all kinds in turns."""
+    from attnkit.training.tasks.ruler import KINDS, Ruler
+
     parts = [
         Ruler(kinds=(kind,), questions=settings.questions)
         .generate(_JUDGED + seed, settings.examples, settings.length)
@@ -209,7 +219,7 @@ def _given(settings: Settings, seed: int, device: torch.device) -> Asked:
 
 def _conclude(settings: Settings, rows: Sequence[Row]) -> Conclusion:
     del settings
-    return conclude_rows(rows, kinds=KINDS, learnt=_LEARNT)
+    return conclude_rows(rows, learnt=_LEARNT)
 
 
 CLAIM = Claim(

@@ -87,15 +87,14 @@ def _error(model: Any, press: Any, given: Asked) -> float:
     return round(float(found.mean()), 5)
 
 
-def conclude_rows(rows: Sequence[Row], *, kinds: Sequence[str], learnt: float) -> Conclusion:
+def conclude_rows(rows: Sequence[Row], *, learnt: float) -> Conclusion:
     """Verdict, figures and tables; takes any subset of the rows.
 
     Args:
         rows: of `measure`, with seed, phase ("prefill" or "decode") and method.
-        kinds: see there.
         learnt: accuracy with the whole cache below which nothing is decided.
     """
-    found = _Found(rows, kinds)
+    found = _Found(rows)
     tables = [found.accuracies("prefill")]
     tables += [found.accuracies("decode")] if found.methods("decode") else []
     tables += [found.by_kind(), found.refused()]
@@ -105,8 +104,8 @@ def conclude_rows(rows: Sequence[Row], *, kinds: Sequence[str], learnt: float) -
 class _Found:
     """Rows by phase, method and ratio."""
 
-    def __init__(self, rows: Sequence[Row], kinds: Sequence[str]) -> None:
-        self.kinds = kinds
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.kinds: list[str] = next((list(row["answers"]) for row in rows if "answers" in row), [])
         self.rows: dict[tuple[str, str, float], list[Row]] = {}
         self.reasons: dict[tuple[str, str], str] = {}
         for row in rows:
