@@ -18,6 +18,7 @@ __all__ = [
     "apply",
     "available",
     "calibrate",
+    "generate_with_context",
     "register_entmax",
     "register_hash_attention",
 ]
@@ -40,6 +41,7 @@ __getattr__, __dir__ = lazy_attributes(
         "apply": "attnkit.inference.applied",
         "available": "attnkit.inference.policy",
         "calibrate": "attnkit.inference.calibrate",
+        "generate_with_context": "attnkit.inference.answers",
         "register_entmax": "attnkit.inference.entmax",
         "register_hash_attention": "attnkit.inference.implementation",
     },

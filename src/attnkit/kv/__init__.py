@@ -17,15 +17,18 @@ __all__ = [
     "evicted_moments",
     "expected_attention_scores",
     "match_attention",
+    "catalogue",
     "methods",
     "moment_partial",
+    "parse",
     "press",
     "pressing",
+    "write",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    modules={"pressing": "attnkit.kv.pressing"},
+    modules={"catalogue": "attnkit.kv.catalogue", "pressing": "attnkit.kv.pressing"},
     names={
         "FP8": "attnkit.kv.codecs",
         "Chain": "attnkit.kv.pressing",
@@ -43,6 +46,8 @@ __getattr__, __dir__ = lazy_attributes(
         "match_attention": "attnkit.kv.compaction",
         "methods": "attnkit.kv.pressing",
         "moment_partial": "attnkit.kv.compaction",
+        "parse": "attnkit.kv.notation",
         "press": "attnkit.kv.pressing",
+        "write": "attnkit.kv.notation",
     },
 )
