@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from attnkit.kv import KVCache
 
@@ -27,6 +28,11 @@ def kept_of(cache: KVCache) -> dict[str, Any]:
         bins = min(BINS, layer.seen)
         found = (positions * bins // layer.seen)[real].bincount(minlength=bins).double()
         size = (torch.arange(layer.seen) * bins // layer.seen).bincount(minlength=bins)
-        heads.append((real.sum(-1)[0] / layer.seen).tolist())
-        places.append((found / (size * shape[1])).tolist())
+        heads.append(_rounded(real.sum(-1)[0] / layer.seen))
+        places.append(_rounded(found / (size * shape[1])))
     return {"heads": heads, "places": places}
+
+
+def _rounded(shares: Tensor) -> list[float]:
+    """To four digits, since files hold many of them."""
+    return [round(share, 4) for share in shares.tolist()]

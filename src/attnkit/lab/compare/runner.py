@@ -16,7 +16,7 @@ from attnkit.lab.compare.methods import select
 from attnkit.lab.compare.plan import TASKS
 from attnkit.lab.compare.state import State
 
-__all__ = ["run"]
+__all__ = ["placement", "run"]
 
 MIN_LENGTH = 64
 
@@ -63,7 +63,7 @@ def run(
         AttnkitError: an argument that cannot be used, something that is not installed, a model that lacks what a method
             needs; the message names it and the fix. Finished steps stay in `out`, after KeyboardInterrupt too.
     """
-    place, number = _placement(model, device, dtype)
+    place, number = placement(model, device, dtype)
     setup = Setup(
         source=model if isinstance(model, LoadedModel) else loading.locate(model),
         text=texts.read(text),
@@ -100,9 +100,14 @@ def _checked(lengths: Sequence[int], trials: int, tasks: Sequence[str]) -> tuple
     return tuple(sorted(set(lengths)))
 
 
-def _placement(
+def placement(
     model: str | Path | LoadedModel, device: str | torch.device | None, dtype: torch.dtype | None
 ) -> tuple[torch.device, torch.dtype]:
+    """Where to compute and in which format: what is given, or the defaults of `run`.
+
+    Raises:
+        OptionError: something is given for a model that is loaded already.
+    """
     if isinstance(model, LoadedModel):
         if device is not None or dtype is not None:
             raise OptionError("device and dtype are those of the loaded model; leave them out, or move the model first")
