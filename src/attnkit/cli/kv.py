@@ -97,6 +97,8 @@ def _list(as_json: bool) -> None:
             title=f"{len(wrappers)} wrappers, written before a method: adakv:snapkv",
         ),
     ]
+    for part in shown:
+        part.columns[0].no_wrap = True
     if aliases:
         shown.append(table(("alias", "stands for"), sorted(aliases.items()), title="Other names"))
     emit({"methods": bases, "wrappers": wrappers, "aliases": aliases}, as_json, *shown)
@@ -267,7 +269,7 @@ def _calibrate(
 
 def _short(source: str) -> str | None:
     """The number of a paper where there is one."""
-    found = re.search(r"arXiv:[\d.]+\d", source)
+    found = re.search(r"arXiv:[\d.]+\d|doi \S+", source)
     return found[0] if found else source or None
 
 

@@ -14,10 +14,10 @@ __all__ = ["About", "aliases", "bases", "wrappers"]
 
 _WORDS = {
     "hidden": "hidden states",
-    "moments": "moments of queries",
-    "queries": "a prefill in one pass",
-    "replay": "a second reading",
-    "rope": "the rotation",
+    "moments": "query moments",
+    "queries": "one pass",
+    "replay": "second reading",
+    "rope": "rotation",
 }
 
 
