@@ -91,6 +91,7 @@ def test_docstrings(name: str) -> None:
         "chunkwise",
         "models",
         "inference",
+        "kv",
         "compare",
         "numerics",
         "conformance",
@@ -120,7 +121,7 @@ def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.summarize().failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cli.md", "operators.md", "systems.md", "results.md"])
+@pytest.mark.parametrize("name", ["cli.md", "operators.md", "presses.md", "systems.md", "results.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     committed = (DOCS / name).read_text(encoding="utf-8")
     assert committed == script("generate").pages()[name], "stale; run: python docs/generate.py"
@@ -312,8 +313,9 @@ def test_methods_are_described() -> None:
     from attnkit.lab.compare import METHODS
     from attnkit.testing import FAMILIES
 
-    inference, compare = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("inference", "compare"))
-    assert [name for name in (*available(), *FAMILIES) if f"`{name}`" not in inference] == []
+    pages = ("inference", "compare", "presses")
+    inference, compare, presses = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in pages)
+    assert [name for name in (*available(), *FAMILIES) if f"`{name}`" not in inference + presses] == []
     assert [name for name in METHODS if f"`{name}`" not in compare] == []
     low, high = (".".join(map(str, bound)) for bound in TESTED_TRANSFORMERS)
     assert f"{low}..{high}" in inference
