@@ -66,7 +66,7 @@ def _stubs() -> Iterator[None]:
 
     # whatever is missing here comes last on the path of finders, so what is installed is used
     finder, folder, before = _Finder(), str(FOLDER), set(sys.modules)
-    kept = dict(functions._global_mapping)
+    kept, own = dict(functions._global_mapping), dict(functions._local_mapping)
     sys.meta_path.append(finder)
     sys.path.insert(0, folder)
     try:
@@ -82,6 +82,8 @@ def _stubs() -> Iterator[None]:
         # on import the peer wraps every attention function of the process; other tests must not see that
         functions._global_mapping.clear()
         functions._global_mapping.update(kept)
+        functions._local_mapping.clear()
+        functions._local_mapping.update(own)
 
 
 @cache

@@ -1,14 +1,10 @@
 """Expected attention in the cache's layout, and beside kvpress, whose scores rope="mean" reproduces."""
 
-import importlib
-import importlib.util
-import sys
-import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from kvpress_peer import peer
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -18,22 +14,9 @@ from attnkit import errors, kv, ops
 HEADS, KV_HEADS, WIDTH, TOKENS = 6, 2, 32, 400
 
 
-@pytest.fixture(scope="module")
-def press() -> Iterator[Any]:
-    """kvpress's module of expected attention, without its package, which asks for an older transformers and much else."""
-    found = importlib.util.find_spec("kvpress")
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs kvpress; run: pip install --no-deps kvpress==0.5.5")
-    root = found.submodule_search_locations[0]
-    before = set(sys.modules)
-    for name, path in (("kvpress", root), ("kvpress.presses", f"{root}/presses")):
-        package = types.ModuleType(name)
-        package.__path__ = [path]
-        sys.modules[name] = package
-    yield importlib.import_module("kvpress.presses.expected_attention_press").ExpectedAttentionPress
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] == "kvpress":
-            del sys.modules[name]
+@pytest.fixture
+def press() -> Any:
+    return peer().ExpectedAttentionPress
 
 
 def _layer() -> Any:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from attnkit.kv import press
 from attnkit.kv.budgets import each
 from attnkit.kv.line import MUST_STAY
-from attnkit.kv.scorers.patterns import LazyLayers
+from attnkit.kv.scorers.patterns import LazyLayers, _of_prompt
 
 SIZE = 60
 
@@ -58,6 +58,17 @@ def test_criticalkv_keeps_what_theirs_keeps(ratio, first):
     assert torch.equal(ours, kept)
     plain = ours_keep(press("snapkv", window=5, ratio=ratio), ctx)
     assert torch.equal(plain, kept) == (first == 1.0)
+
+
+def test_criticalkv_lets_the_base_score_choose_at_least_one():
+    kvpress = peer()
+    ctx = replace(context(rows(SIZE), layer(), queries=1), ratio=0.95)
+    their = kvpress.CriticalKVPress(kvpress.KnormPress(0.95), first_stage_ratio=0.1)
+    with torch.no_grad():
+        scores = their.score(ctx.module, ctx.hidden, ctx.stored.keys, ctx.stored.values, None, peer_kwargs(ctx.module, SIZE))
+    kept = torch.zeros(ctx.stored.shape, dtype=torch.bool).scatter_(-1, scores.topk(3).indices, True)
+    assert torch.equal(ours_keep(press("criticalkv:knorm", ratio=0.95, first=0.1), ctx), kept)
+    assert not torch.equal(ours_keep(press("criticalkv:knorm", ratio=0.95, first=0.0), ctx), kept)
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
@@ -203,3 +214,10 @@ def test_lukv_rounds_each_row_by_its_own_length(tmp_path):
     made = press("lukv:knorm", curves=str(tmp_path / "curves.safetensors"))
     counts = made.budget.counts(replace(ctx, ratio=0.5), torch.zeros(ctx.stored.shape), each(30, torch.zeros(ctx.stored.shape)))
     assert counts.tolist() == [[47, 30, 30, 30], [26, 17, 17, 16]]  # 47.4 + 90 = 137, 26.07 + 49.5 = 76
+
+
+def test_what_a_prompt_says_of_its_heads_is_the_same_behind_padding():
+    together = _of_prompt(context(rows(60, 33), pad=3))
+    alone = [_of_prompt(context(rows(60, 33)[place : place + 1]))[0] for place in range(2)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-5, atol=1e-5)
+    assert (together[0] - together[1]).abs().max() > 1e-3

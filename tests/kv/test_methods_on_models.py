@@ -9,7 +9,7 @@ from attnkit._core.errors import PolicyError
 from attnkit.testing import tiny_model
 
 OPTIONS = {"lagkv": {"lag": 6}, "snapkv": {"window": 8}, "pyramidkv": {"window": 2, "beta": 3.0}}
-CHANGING = {"think"}  # keys change, so that a mask over dropped tokens is no oracle
+CHANGING = {"think", "attention_matching"}  # what stays changes, so that a mask over dropped tokens is no oracle
 # no knorm: the same token twice has the same norm in the first layer, and either may stay
 DECODING = ("decode:tova", "decode:snapkv", "decode:expected_attention", "decode:keydiff", "cam:keydiff", "decode:capkv")
 WRAPPED = ("rerotate:keydiff", "rerotate:leverage_score", "merge:snapkv", "chunkkv:expected_attention", "block:tova", "think")

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from attnkit import inference, kv
 from attnkit.inference import calibrate
-from attnkit.kv.budgets_joint import AcrossLayers
+from attnkit.kv.budgets_joint import AcrossLayers, Composite
 from attnkit.kv.line import MUST_STAY
 from attnkit.testing import tiny_model
 
@@ -162,3 +162,31 @@ def test_the_joint_budget_is_the_highest_scores_of_the_model():
     flat = torch.stack(scores).transpose(0, 1)[1].flatten()
     threshold = flat.topk(84).values[-1]
     assert torch.equal(torch.stack(counts)[:, 1], (torch.stack(scores)[:, 1] >= threshold).sum(-1))
+
+
+def test_layers_share_by_their_heads_joint_places():
+    """Two layers, two heads: the first layer's places get the higher score of both layers."""
+    scores = [torch.tensor([[[5.0, 1.0, 0.0], [0.0, 3.0, 1.0]]]), torch.tensor([[[9.0, 8.0, 7.0], [6.0, 8.0, 9.0]]])]
+    contexts = [type("Context", (), {"index": index})() for index in (0, 1)]
+    # the heads' k-th best: 4, 1, 0 and 9, 8, 6.5; the first layer counts as 9, 8, 6.5 as well
+    assert [counts.tolist() for counts in Composite().share(contexts, scores, [2, 2])] == [[[2, 2]], [[2, 2]]]
+    assert [counts.tolist() for counts in Composite("max").share(contexts[::-1], scores[::-1], [1, 1])] == [[[1, 1]], [[1, 1]]]
+    contexts[0].index = 5  # now the other one is the first layer
+    assert [counts.tolist() for counts in Composite().share(contexts, scores, [2, 2])] == [[[1, 1]], [[3, 3]]]
+
+
+@pytest.mark.parametrize("spec", ["kvzip", "kvzip_plus", "kvcompose", "kvgrad"])
+def test_scores_behind_padding_are_those_of_the_row_alone(spec, monkeypatch):
+    options = {} if spec == "kvcompose" else {"chunk": CHUNK, "prompt_ids": (3, 9)}
+    alone, _ = ours(spec, tokens(29, 2), monkeypatch, **options)
+    model = tiny_model("llama")
+    made = kv.press(spec, **options)
+    held, replay = [], type(made.scorer).replay
+    monkeypatch.setattr(type(made.scorer), "replay", lambda *args: held.append(replay(*args)) or held[-1])
+    ids = torch.cat([tokens(), torch.nn.functional.pad(tokens(29, 2), (11, 0))])
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    with torch.no_grad(), inference.apply(model, inference.Policy(cache=made)) as h:
+        model(ids, attention_mask=mask, past_key_values=h.new_cache())
+    first = 0 if spec == "kvcompose" else 4
+    torch.testing.assert_close(torch.stack(held[-1])[:, 1:, :, 11 + first :], alone[..., first:], rtol=1e-4, atol=1e-7)

@@ -109,6 +109,35 @@ def test_think_zeroes_the_channels_that_kvpress_zeroes() -> None:
     assert int((keys[0, 0] == 0).all(0).sum()) == 4
 
 
+def test_think_judges_by_real_queries_alone() -> None:
+    made = press("think", window=12)
+    assert isinstance(made, Press)
+    assert made.transform is not None
+    hidden = rows(30, 5)
+    for part, rank in ((hidden, 25), (hidden[1:], 0)):
+        ctx = context(part, queries=12)
+        scores = made.scorer.score(ctx)
+        kept = made.selector.select(ctx, scores, 1, made.scorer)
+        zeros = (made.transform.change(ctx, scores, kept).keys[-1, :, rank:] == 0).all(1)
+        if rank:
+            expected = zeros
+    assert torch.equal(zeros, expected)
+    assert zeros.sum(-1).tolist() == [4, 4]
+
+
+def test_a_value_whose_key_is_unlike_all_that_stay_is_dropped() -> None:
+    ctx = context(rows(6))
+    keys = torch.ones(1, 2, 6, 8) * torch.tensor([1.0, -1.0, -2.0, -1.0, 1.0, -3.0])[:, None]
+    ctx = replace(ctx, stored=replace(ctx.stored, keys=keys))
+    kept = Kept(torch.tensor([[[0], [0]]]))
+    values = transforms.MergeNearest().change(ctx, keys[..., 0], kept).values
+    old = ctx.stored.values
+    share = old[:, :, 4].norm(dim=-1) / (old[:, :, 4].norm(dim=-1) + old[:, :, 0].norm(dim=-1))
+    expected = (old[:, :, 0] + share[..., None] * old[:, :, 4]) / (1 + share[..., None])
+    torch.testing.assert_close(values[:, :, 0], expected)
+    assert torch.equal(transforms.MergeNearest(fraction=0.5).change(ctx, keys[..., 0], kept).values, values)
+
+
 def test_rerotated_keys_are_those_of_kvpress_moved_to_the_end() -> None:
     ctx = context(rows(61))
     keys, values = _ours("rerotate:keydiff", ctx)

@@ -102,7 +102,7 @@ def test_learnt_moments_of_another_model_are_refused(tmp_path: Path) -> None:
     save_file({"query_mean": torch.zeros(3, 2, 8)}, tmp_path / "half.safetensors")
     with pytest.raises(ShapeError, match=r"\(3, 4, 8\) \(layers, query heads, width\)"):
         ExpectedAttentionStats(stats=str(tmp_path / "other.safetensors")).score(ctx)
-    with pytest.raises(InputError, match="no tensor 'query_cov', only query_mean"):
+    with pytest.raises(InputError, match="no tensor 'query_cov'; it has query_mean"):
         ExpectedAttentionStats(stats=str(tmp_path / "half.safetensors")).score(ctx)
 
 

@@ -8,6 +8,7 @@ from contexts import Attention, context, rows
 from safetensors.torch import save_file
 
 from attnkit._core.errors import InputError, PolicyError, ShapeError
+from attnkit.kv.budgets import HeadAdaptive
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import Line, must_stay
 from attnkit.kv.pressing import Press, press
@@ -16,6 +17,7 @@ from attnkit.kv.scorers.attention import ObservedAttention, SnapKV, Tova
 from attnkit.kv.scorers.keys import LagKV, QFilter
 from attnkit.kv.scorers.leverage import Compactor, LeverageScore, NonCausalAttention
 from attnkit.kv.selectors import Kept, best
+from attnkit.kv.transforms import MergeNearest
 
 load()
 
@@ -149,7 +151,7 @@ def test_filters_come_from_a_file_or_say_what_is_wrong(tmp_path) -> None:  # typ
     save_file({"other": filters}, tmp_path / "bad.safetensors")
     made = QFilter(str(tmp_path / "good.safetensors"))
     torch.testing.assert_close(made.score(ctx), -torch.einsum("bhsd,hd->bhs", ctx.stored.keys, filters[1]))
-    with pytest.raises(InputError, match="no tensor 'q_filters', only other"):
+    with pytest.raises(InputError, match="no tensor 'q_filters'; it has other"):
         QFilter(str(tmp_path / "bad.safetensors")).score(ctx)
     with pytest.raises(ShapeError, match=r"\(3, 2, 8\) \(layers, key heads, width\)"):
         QFilter(filters[:, :1]).score(ctx)
@@ -161,3 +163,31 @@ def test_a_pyramid_that_would_not_keep_the_window_is_flat() -> None:
     ctx = context(rows(40))
     for index in range(3):
         assert made.budget.counts(replace(ctx, index=index), ctx.stored.keys[..., 0], 20) == 20
+
+
+@pytest.mark.parametrize("scorer", [SnapKV(window=8, kernel=3), Tova(), ObservedAttention()])
+def test_scores_of_a_row_with_fewer_queries_than_the_window_do_not_depend_on_padding(
+    scorer: SnapKV | Tova | ObservedAttention,
+) -> None:
+    hidden = rows(30, 10)
+    together, alone = (context(part, queries=5) for part in (hidden, hidden[1:]))
+    real = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    some = replace(together, query_real=real)
+    few = replace(alone, queries=alone.queries[:, :, 2:], query_positions=alone.query_positions[:, 2:])
+    torch.testing.assert_close(scorer.score(some)[1:, :, 20:], scorer.score(few))
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_heads_keep_their_sure_share_beside_tokens_that_must_stay(tensor: bool) -> None:
+    ctx = context(rows(20))
+    scores = torch.zeros(1, 2, 20)
+    scores[:, 0] = torch.inf
+    kept = torch.full((1, 2), 10) if tensor else 10
+    assert torch.as_tensor(HeadAdaptive(alpha=0.3).counts(ctx, scores, kept)).tolist() == [[17, 3]]
+
+
+def test_merging_into_nothing_is_no_nan() -> None:
+    ctx = context(rows(6))
+    kept = Kept(torch.zeros(1, 2, 6, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+    values = MergeNearest().change(ctx, ctx.stored.keys[..., 0], kept).values
+    assert torch.equal(values, ctx.stored.values)

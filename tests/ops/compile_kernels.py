@@ -122,7 +122,7 @@ STEPS = tuple(
 )
 EXPECTED_POINTERS = {"x": "input", "v": "input", "second": "input", "rest": "input", "scored": "u8"}
 EXPECTED: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # the type of keys, what differs, absent pointers
-    ("bf16", {}, ()),
+    ("bf16", {}, ("unit",)),
     ("fp16", {"BLOCK_C": 32, "LINEAR": False, "SCORED": False, "NORM": "output"}, ("first", "scored", "v")),
     ("fp32", {"BLOCK_C": 32, "SPLIT": False, "GROUP": 1, "NORM": "none"}, ("rest", "unit", "v", "norms")),
     ("bf16", {"SQUARE": False, "SPLIT": False}, ("second", "rest", "unit", "norms")),

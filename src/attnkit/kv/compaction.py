@@ -99,7 +99,7 @@ def fit_attention(
     counted = torch.ones_like(scores[..., 0], dtype=torch.bool) if asked is None else asked
     prob = torch.softmax(scores, -1).nan_to_num(0.0) * counted[..., None]
     columns = index[..., None, :].expand(*prob.shape[:-1], index.shape[-1])
-    bias = _masses(prob.gather(-1, columns) * here[..., None, :]).log() * here
+    bias = _masses(prob.gather(-1, columns) * here[..., None, :]).log()  # what does not count keeps its weight of 1
     kept = values.gather(-2, index[..., None].expand(*index.shape, values.shape[-1])).to(wide)
     chosen = (scores.gather(-1, columns) + bias.to(wide)[..., None, :]).masked_fill(~here[..., None, :], -torch.inf)
     own = (torch.softmax(chosen, -1).nan_to_num(0.0) * counted[..., None]).double()

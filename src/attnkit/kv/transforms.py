@@ -75,7 +75,7 @@ class MergeNearest:
             merged &= place < (merged.sum(-1, keepdim=True).double() * self.fraction).ceil()
         values = ctx.stored.values.float()
         norm = values.norm(dim=-1)
-        weight = cosine.clamp(min=0) * norm / (norm + norm.gather(-1, target) + 1e-6) * merged
+        weight = (cosine * norm / (norm + norm.gather(-1, target) + 1e-6)).masked_fill(~merged, 0)
         index = target[..., None].expand_as(values)
         total = values.scatter_add(2, index, weight[..., None] * values)
         shares = torch.ones_like(weight).scatter_add(-1, target, weight)

@@ -46,7 +46,7 @@ class SnapKV:
 
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32."""
-        weights = ctx.mean_over_group(ctx.attention(self.window)).sum(-2) / _real_queries(ctx, self.window)
+        weights = ctx.mean_over_group(ctx.attention(self.window)).sum(-2) / self.window
         line = Line.of(ctx)
         place = torch.arange(line.size, device=line.device)
         older = line.take(weights.float()).masked_fill(place >= line.counts - self.window, 0)
@@ -125,9 +125,3 @@ def received(ctx: ScoreContext) -> tuple[Tensor, Tensor]:
         sees = stored.positions[:, :, None, :] <= positions[:, None, :, None]
         count += (sees if real is None else sees & real[:, None, :, None]).sum(-2)
     return total, count
-
-
-def _real_queries(ctx: ScoreContext, window: int) -> Tensor | int:
-    if ctx.query_real is None:
-        return min(window, ctx.queries.shape[2])
-    return ctx.query_real[:, -window:].sum(-1).clamp(min=1)[:, None, None]

@@ -1,8 +1,6 @@
 """Scorers that ask what queries to come will look at."""
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,11 +9,12 @@ from torch import Tensor
 
 from attnkit import ops
 from attnkit._core.checks import check_choice
-from attnkit._core.errors import InputError, OptionError, ShapeError, UnsupportedArchitecture
+from attnkit._core.errors import OptionError, ShapeError, UnsupportedArchitecture
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.expected import expected_attention_scores
 from attnkit.kv.line import must_stay
 from attnkit.kv.registry import scorer
+from attnkit.kv.weights import device_copy, required
 
 __all__ = ["CapKV", "ExpectedAttention", "ExpectedAttentionStats"]
 
@@ -114,17 +113,6 @@ class ExpectedAttention:
         return must_stay(scores.float(), ctx, sink=self.sinks)
 
 
-@functools.cache
-def _stats(path: Path) -> tuple[Tensor, Tensor]:
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    missing = {"query_mean", "query_cov"} - set(tensors)
-    if missing:
-        raise InputError(f"{path} has no tensor {sorted(missing)[0]!r}, only {', '.join(tensors) or 'none'}")
-    return tensors["query_mean"].float(), tensors["query_cov"].float()
-
-
 @scorer("expected_attention_stats")
 @dataclass(frozen=True)
 class ExpectedAttentionStats(ExpectedAttention):
@@ -144,10 +132,7 @@ class ExpectedAttentionStats(ExpectedAttention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stats is None:
-            raise OptionError(
-                "expected_attention_stats needs stats, the path of moments learnt on the model; calibrate it first"
-            )
+        required(self.stats, "expected_attention_stats", "stats, moments that attnkit.inference.calibrate learns of the model")
 
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32.
@@ -156,15 +141,15 @@ class ExpectedAttentionStats(ExpectedAttention):
             InputError: the file has other tensors.
             ShapeError: the moments were learnt on another model.
         """
-        mean, cov = _stats(Path(str(self.stats)))
+        rows, device = ctx.stored.shape[0], ctx.stored.keys.device
+        mean, cov = (device_copy(str(self.stats), name, device) for name in ("query_mean", "query_cov"))
         expected = (ctx.layers, ctx.queries.shape[1], ctx.stored.keys.shape[-1])
         if tuple(mean.shape) != expected or tuple(cov.shape) != (*expected, expected[-1]):
             raise ShapeError(
                 f"stats has means of shape {tuple(mean.shape)} and covariances of {tuple(cov.shape)}; the model has "
                 f"{expected} (layers, query heads, width)"
             )
-        rows, device = ctx.stored.shape[0], ctx.stored.keys.device
-        own, spread = (part[ctx.index].to(device)[None] for part in (mean, cov))
+        own, spread = mean[ctx.index][None], cov[ctx.index][None]
         around = spread.expand(rows, -1, -1, -1).contiguous() if self.covariance else None
         return self.of(ctx, own.expand(rows, -1, -1).contiguous(), around)
 

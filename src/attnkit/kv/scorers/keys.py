@@ -1,18 +1,17 @@
 """Scorers that look at keys and values alone, and at what was learnt of a model's queries."""
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnkit._core.errors import InputError, OptionError, ShapeError
+from attnkit._core.errors import OptionError, ShapeError
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.line import Line, must_stay
 from attnkit.kv.registry import scorer
+from attnkit.kv.weights import device_copy
 
 __all__ = ["KeyDiff", "LagKV", "QFilter"]
 
@@ -35,18 +34,6 @@ class KeyDiff:
         return -(directions * anchor).sum(-1)
 
 
-@functools.cache
-def _filters(path: Path) -> Tensor:
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    if "q_filters" not in tensors:
-        raise InputError(
-            f"{path} has no tensor 'q_filters', only {', '.join(tensors) or 'none'}; attnkit.kv.calibrate writes one"
-        )
-    return tensors["q_filters"].float()
-
-
 @scorer("qfilter")
 @dataclass(frozen=True, eq=False)
 class QFilter:
@@ -66,19 +53,22 @@ class QFilter:
 
     def __post_init__(self) -> None:
         if self.filters is None:
-            raise OptionError("qfilter needs filters, learnt on the model; attnkit.kv.calibrate learns them")
+            raise OptionError("qfilter needs filters, learnt on the model; attnkit.inference.calibrate learns them")
 
     def score(self, ctx: ScoreContext) -> Tensor:
         """[B, Hkv, S] float32.
 
         Raises:
+            InputError: the file has no such tensor.
             ShapeError: the filters were learnt on another model.
         """
-        filters = self.filters if isinstance(self.filters, Tensor) else _filters(Path(str(self.filters)))
+        device = ctx.stored.keys.device
+        given = self.filters
+        filters = given if isinstance(given, Tensor) else device_copy(str(given), "q_filters", device)
         expected = (ctx.layers, ctx.stored.shape[1], ctx.stored.keys.shape[-1])
         if tuple(filters.shape) != expected:
             raise ShapeError(f"filters has shape {tuple(filters.shape)}; the model has {expected} (layers, key heads, width)")
-        own = filters[ctx.index].to(ctx.stored.keys.device, torch.float32)
+        own = filters[ctx.index].to(device, torch.float32)
         return -torch.einsum("bhsd,hd->bhs", ctx.stored.keys.float(), own)
 
 

@@ -42,9 +42,6 @@ def d_queries(
     """A tile of d_q, contiguous [R, H, D], and of `crossing` [H, R] (or None): what comes to each row from rows and states
     before it.
 
-    With a normaliser d_q is that of the numerator times 1 / denominator, and that of q . n times its own gradient, which is
-    known when all keys were seen: both are summed in one walk over them.
-
     NORM: also 1 / denominator, the gradient of q . n, and that of the unit, each [H, R]; den [R, H] and m [R, Hkv] (or None)
     are contiguous. Grid: (tiles of rows * H * C,).
     """
@@ -75,31 +72,19 @@ def d_queries(
     b_q = tile_at(q + batch * stride_qb + first * stride_qt + head * stride_qh, o_m, o_d, stride_qt, m_row, m_d)
     k += batch * stride_kb + first * stride_kt + kv_head * stride_kh
     v += batch * stride_vb + first * stride_vt + kv_head * stride_vh
-    faded = tl.exp2(b_hi) * tl.exp2(b_lo) * scale
-    acc *= faded[:, None]
-    size = tl.sum(b_q.to(tl.float32) * acc, 1)
-    b_crossing = size
-    acc_n, crossing_n = tl.zeros_like(acc), tl.zeros_like(size)
-    if NORM:
-        acc_n = faded[:, None] * tl.load(sums + p_state * width + o_d, mask=m_d, other=0.0)[None, :]
-        crossing_n = tl.sum(b_q.to(tl.float32) * acc_n, 1)
-    for start in tl.range(0, tl.minimum((i_m + 1) * BLOCK_M, count), BLOCK_M):
-        b_k, score, weight, d_prob = _visit_keys(
-            start, count, o_m, m_row, b_q, b_hi, b_lo, k, v, d_out, col_hi, col_lo,
-            stride_kt, stride_vt, stride_gt, width, width_v, scale, BLOCK_M, BLOCK_D, BLOCK_V, PRECISION,
-        )  # fmt: skip
-        d_score = d_prob * weight
-        acc = tl.dot(d_score.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
-        before = o_m[:, None] > (start + tl.arange(0, BLOCK_M))[None, :]
-        if NORM:
-            acc_n = tl.dot(weight.to(b_k.dtype), b_k, acc_n, input_precision=PRECISION)
-            size += tl.sum(score * d_score, 1)
-            if crossing is not None:
-                crossing_n += tl.sum(tl.where(before, score * weight, 0.0), 1)
-        if crossing is not None:
-            b_crossing += tl.sum(tl.where(before, score * d_score, 0.0), 1)
+    acc *= (tl.exp2(b_hi) * tl.exp2(b_lo) * scale)[:, None]
+    b_crossing = tl.sum(b_q.to(tl.float32) * acc, 1)
+    stop = tl.minimum((i_m + 1) * BLOCK_M, count)
     p_row = head * num_rows + row + o_m
+    b_ratio, b_delta = 1.0, 0.0
     if NORM:
+        size = b_crossing
+        for start in tl.range(0, stop, BLOCK_M):
+            _, score, weight, d_prob = _visit_keys(
+                start, count, o_m, m_row, b_q, b_hi, b_lo, k, v, d_out, col_hi, col_lo,
+                stride_kt, stride_vt, stride_gt, width, width_v, scale, BLOCK_M, BLOCK_D, BLOCK_V, PRECISION,
+            )  # fmt: skip
+            size += tl.sum(score * weight * d_prob, 1)
         b_den = tl.load(den + (row + o_m) * heads + head, mask=m_row, other=1.0)
         low = 1.0
         if m is not None:
@@ -111,8 +96,21 @@ def d_queries(
         tl.store(ratio + p_row, b_ratio, mask=m_row)
         tl.store(delta + p_row, b_delta, mask=m_row)
         tl.store(unit + p_row, -eps * share, mask=m_row)
-        acc = acc * b_ratio[:, None] + acc_n * b_delta[:, None]
-        b_crossing = b_crossing * b_ratio + crossing_n * b_delta
+        b_n = tl.load(sums + p_state * width + o_d, mask=m_d, other=0.0)
+        faded = tl.exp2(b_hi) * tl.exp2(b_lo) * scale
+        acc = acc * b_ratio[:, None] + (b_delta * faded)[:, None] * b_n[None, :]
+        b_crossing = tl.sum(b_q.to(tl.float32) * acc, 1)
+        b_ratio, b_delta = b_ratio[:, None], b_delta[:, None]
+    for start in tl.range(0, stop, BLOCK_M):
+        b_k, score, weight, d_prob = _visit_keys(
+            start, count, o_m, m_row, b_q, b_hi, b_lo, k, v, d_out, col_hi, col_lo,
+            stride_kt, stride_vt, stride_gt, width, width_v, scale, BLOCK_M, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
+        d_score = (d_prob * b_ratio + b_delta) * weight
+        if crossing is not None:
+            before = o_m[:, None] > (start + tl.arange(0, BLOCK_M))[None, :]
+            b_crossing += tl.sum(tl.where(before, score * d_score, 0.0), 1)
+        acc = tl.dot(d_score.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
     if crossing is not None:
         tl.store(crossing + p_row, b_crossing, mask=m_row)
     p_d_q = ((row + o_m) * heads + head) * width

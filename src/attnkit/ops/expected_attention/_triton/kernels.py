@@ -16,8 +16,9 @@ def quadratic(
 ):  # fmt: skip
     """x . first + unit x . (second + rest) x for BLOCK_N rows of x [B, S, Hkv, D] and each of GROUP heads: out [B, H, S].
 
-    The rows are read once; matrices go by, BLOCK_C columns at a time. With SPLIT a matrix is the sum of two of 16 bits, `unit`
-    (a number a head) apart. With SCORED rows that do not compete are -inf, and parts [B, H, tiles] is the LSE of each tile.
+    The rows are read once; matrices go by, BLOCK_C columns at a time. With SPLIT a matrix is the sum of two of 16 bits; `unit`,
+    a number a head, multiplies both where it is there. With SCORED rows that do not compete are -inf, and parts [B, H, tiles] is
+    the LSE of each tile.
     """
     CHUNKS: tl.constexpr = BLOCK_D // BLOCK_C
     tile = tl.program_id(0)
@@ -50,6 +51,7 @@ def quadratic(
             product = tl.dot(keys, tl.load(second + o_m, mask=m_m, other=0.0), input_precision=PRECISION)
             if SPLIT:
                 product = tl.dot(keys, tl.load(rest + o_m, mask=m_m, other=0.0), product)
+            if unit is not None:
                 product *= tl.load(unit + batch * stride_ub + own)
         if LINEAR:
             product += tl.load(first + head * width + o_c, mask=m_c, other=0.0)[None, :]

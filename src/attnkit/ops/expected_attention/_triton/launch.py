@@ -12,7 +12,7 @@ __all__ = ["expected"]
 
 # keys of a tile, columns of a matrix, warps, stages, for widths 16, 32, 64, 128 and 256
 _TILES = by_width(
-    "quadratic", 16, (128, 16, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 2)
+    "quadratic", 16, (128, 16, 4, 3), (128, 32, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2), (64, 32, 4, 2)
 ) | by_width("quadratic", 32, (64, 16, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1))
 _KEYS = 128  # of a tile of the second pass
 _PARTS = 1024  # LSEs of tiles that are read at once
@@ -98,13 +98,16 @@ def _quadratic(
 
 
 def _halves(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A float32 matrix of each head as the sum of two in `dtype` times a number, at 16 bits as good as float32 is at 17.
+    """A float32 matrix of each head as the sum of two in `dtype`, in float16 times a number, as good as 17 bits.
 
     One matrix in 16 bits would round what it holds to 8 bits in bfloat16, and logits are sums of D^2 such terms; with two,
     each matrix product is done twice, as with TF32, which keeps 11.
     """
     if dtype == torch.float32:
         return matrix, None, None
+    if dtype == torch.bfloat16:
+        high = matrix.to(dtype)
+        return high, (matrix - high).to(dtype), None
     top = matrix.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     unit = torch.exp2(torch.ceil(torch.log2(top)))  # float16 holds neither what is large nor what is small
     scaled = matrix / unit
