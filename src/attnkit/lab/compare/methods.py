@@ -84,7 +84,7 @@ def named(text: str) -> Method:
         known: Registry[Method] = Registry("method")
         for method in METHODS.values():
             known.register(method.name, method)
-        for name in kv.methods():
+        for name in (*kv.methods(), *kv.catalogue.aliases()):
             known.register_later(name, partial(_pressed, name, None))
         return known[text]
     return _pressed(body, None if codec is None else codec[1])
