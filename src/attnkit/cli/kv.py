@@ -90,15 +90,15 @@ def _list(as_json: bool) -> None:
             ("method", "what stays", "needs", "source"),
             [(each.name, each.summary, ", ".join(each.needs) or None, _short(each.source)) for each in bases],
             title=f"{len(bases)} base methods",
+            named=True,
         ),
         table(
             ("wrapper", "what it does", "source"),
             [(each.name, each.summary, _short(each.source)) for each in wrappers],
             title=f"{len(wrappers)} wrappers, written before a method: adakv:snapkv",
+            named=True,
         ),
     ]
-    for part in shown:
-        part.columns[0].no_wrap = True
     if aliases:
         shown.append(table(("alias", "stands for"), sorted(aliases.items()), title="Other names"))
     emit({"methods": bases, "wrappers": wrappers, "aliases": aliases}, as_json, *shown)
