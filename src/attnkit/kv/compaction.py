@@ -34,31 +34,24 @@ def match_attention(
 ) -> CompactKeys:
     """Choose t keys, and fit biases and values so that the queries given see nearly what they saw of all keys.
 
-        The keys are those with the largest root mean square of probabilities over the queries of their group. With A the
-    <<<<<<< HEAD
-        probabilities over all S keys, restricted to the chosen ones, weights w = exp(bias) minimise norm(A w - 1)^2, which keeps
-        each query's mass, with biases from -3 to 3. Values then minimise
-        norm(P V' - O)^2 + ridge mean(diag P^T P) norm(V' - V)^2, with P the probabilities over the chosen keys with their bias, O
-        the outputs over all keys and V the chosen keys' own values.
-    =======
-        probabilities over all S keys, restricted to the chosen ones, weights w = exp(bias) minimise the square of A w - 1, which
-        keeps each query's mass, within biases of -3 to 3. Values then minimise the square of P V' - O and ridge times
-        mean(diag P^T P) times that of V' - V, with P the probabilities over the chosen keys with their bias, O the outputs over
-        all keys and V the chosen keys' own values.
-    >>>>>>> integ
+    The keys are those with the largest root mean square of probabilities over the queries of their group. With A the
+    probabilities over all S keys, restricted to the chosen ones, weights w = exp(bias) minimise the square of A w - 1, which
+    keeps each query's mass, within biases of -3 to 3. Values then minimise the square of P V' - O and ridge times
+    mean(diag P^T P) times that of V' - V, with P the probabilities over the chosen keys with their bias, O the outputs over
+    all keys and V the chosen keys' own values.
 
-        Args:
-            queries: [B, H, m, D], a sample of what will be asked, rotated; H is a multiple of Hkv.
-            keys, values: [B, Hkv, S, D] and [B, Hkv, S, Dv].
-            size: t, in 1..S.
-            scale: of scores; 1 / sqrt(D) by default.
-            ridge: how strongly values hold on to their own, above 0.
-        Returns:
-            CompactKeys; with t = S every bias is 0 and every value its own, up to rounding.
-        Raises:
-            ShapeError, DTypeError, OptionError: an argument is wrong.
-        Complexity: memory of a key head's G m S probabilities, in float64 for what is fitted; t^3 for the values.
-        Source: Attention Matching (arXiv:2602.16284); masses are fitted relative to each query's own, values in float64.
+    Args:
+        queries: [B, H, m, D], a sample of what will be asked, rotated; H is a multiple of Hkv.
+        keys, values: [B, Hkv, S, D] and [B, Hkv, S, Dv].
+        size: t, in 1..S.
+        scale: of scores; 1 / sqrt(D) by default.
+        ridge: how strongly values hold on to their own, above 0.
+    Returns:
+        CompactKeys; with t = S every bias is 0 and every value its own, up to rounding.
+    Raises:
+        ShapeError, DTypeError, OptionError: an argument is wrong.
+    Complexity: memory of a key head's G m S probabilities, in float64 for what is fitted; t^3 for the values.
+    Source: Attention Matching (arXiv:2602.16284); masses are fitted relative to each query's own, values in float64.
     """
     sizes = dims(queries=(queries, "B H m D"), keys=(keys, "B Hkv S D"), values=(values, "B Hkv S Dv"))
     check_dtype("queries", queries, *FLOATS)
