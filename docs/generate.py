@@ -1,12 +1,12 @@
 """Writes the pages that are derived from code: python docs/generate.py. A test fails where a committed page is stale."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 
-from attnkit import report, systems
+from attnkit import kv, report, systems
 from attnkit._core.dispatch import only_when_named
 from attnkit.cli import EXIT_CODES, main
 from attnkit.ops import OPS
@@ -18,7 +18,13 @@ NOTICE = "<!-- Written by docs/generate.py. Edit the code it comes from, then ru
 
 def pages() -> dict[str, str]:
     """File name -> text of every generated page."""
-    return {"cli.md": _cli(), "operators.md": _operators(), "systems.md": _systems(), "results.md": _results()}
+    return {
+        "cli.md": _cli(),
+        "operators.md": _operators(),
+        "presses.md": _presses(),
+        "systems.md": _systems(),
+        "results.md": _results(),
+    }
 
 
 def _cli() -> str:
@@ -71,6 +77,37 @@ def _operators() -> str:
             f"| it refuses | because |\n| --- | --- |\n{cannot}",
         ]
     return "\n\n".join(parts) + "\n"
+
+
+def _presses() -> str:
+    bases, wrappers = kv.catalogue.bases(), kv.catalogue.wrappers()
+    return "\n\n".join(
+        [
+            NOTICE,
+            "# Methods of the cache",
+            "Every press that there is, as `attnkit kv list` prints it. [Compressing the cache](kv.md) says what a press is "
+            "and how names are put together. *Needs*: what a method wants of the model beside keys and the newest queries, "
+            "or a file from its user; *one pass* and *second reading* exclude a prefill in chunks.",
+            f"## Base methods\n\n{_described(bases, needs=True)}",
+            "## Wrappers\n\nA wrapper goes before a method: `adakv:snapkv`.",
+            f"{_described(wrappers, needs=False)}\n",
+        ]
+    )
+
+
+def _described(methods: Iterable[kv.catalogue.About], *, needs: bool) -> str:
+    headers = ["name", "what it does", "options", *(["needs"] if needs else []), "source"]
+    rows = [
+        [
+            f"`{each.name}`",
+            _cell(each.summary.replace("|", "\u2223")),
+            ", ".join(f"`{name}={value!r}`" for name, value in each.options.items()),
+            *([", ".join(each.needs)] if needs else []),
+            each.source or "-",
+        ]
+        for each in methods
+    ]
+    return report.markdown_table(headers, rows)
 
 
 def _systems() -> str:

@@ -91,6 +91,7 @@ def test_docstrings(name: str) -> None:
         "chunkwise",
         "models",
         "inference",
+        "kv",
         "compare",
         "numerics",
         "conformance",
@@ -120,7 +121,7 @@ def test_code_in_pages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert runner.summarize().failed == 0, capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cli.md", "operators.md", "systems.md", "results.md"])
+@pytest.mark.parametrize("name", ["cli.md", "operators.md", "presses.md", "systems.md", "results.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     committed = (DOCS / name).read_text(encoding="utf-8")
     assert committed == script("generate").pages()[name], "stale; run: python docs/generate.py"
@@ -273,7 +274,7 @@ def test_races_of_entmax_attention_are_quoted_as_they_were_run() -> None:
     rows = {(row["shape"]["scores"], row["peer"]): row for row in _race("entmax_attention")}
     table = _race_table("entmax.md", "How fast it is")
     for name, (_, empty, ms, adasplash, cudnn) in zip(("gauss", "flat", "empty60", "empty95"), table, strict=True):
-        peer, dense = rows[name, "adasplash*"], rows[name, "cudnn*"]
+        peer, dense = rows[name, "adasplash"], rows[name, "cudnn*"]
         assert f"{100 * peer['facts']['empty_tiles']:.0f} %" == empty
         assert [f"{peer['ours_ms']:.1f}", f"{peer['ratio']:.2f}", f"{dense['ratio']:.2f}"] == [ms, adasplash, cudnn]
 
@@ -298,8 +299,8 @@ def test_races_of_recurrences_are_quoted_as_they_were_run() -> None:
     assert f"the forward pass is {fla:.2f} times as" in page
     dense = {(row["shape"]["T"], row["peer"]): row for row in _race("mlstm-crossing")}
     for length in (2048, 8192, 16384, 32768):
-        row, other = dense[length, "cudnn*"], dense[length, "sdpa-flash*"]
-        times = [row["ours_ms"], row["peer_ms"], other["peer_ms"]]
+        row, *others = (dense[length, f"{peer}*"] for peer in ("fa4", "cudnn", "sdpa-flash"))
+        times = [dense[length, "cudnn*"]["ours_ms"], row["peer_ms"], *(other["peer_ms"] for other in others)]
         assert [f"{length:,}", *(f"{ms:.1f}" for ms in times), f"{row['ratio']:.2f}"] in lines
     for row in (*_race("mlstm_step"), *_race("scalar_decay_step")):
         if row["peer"] == "attnkit:torch":
@@ -312,8 +313,9 @@ def test_methods_are_described() -> None:
     from attnkit.lab.compare import METHODS
     from attnkit.testing import FAMILIES
 
-    inference, compare = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("inference", "compare"))
-    assert [name for name in (*available(), *FAMILIES) if f"`{name}`" not in inference] == []
+    pages = ("inference", "compare", "presses")
+    inference, compare, presses = ((DOCS / f"{name}.md").read_text(encoding="utf-8") for name in pages)
+    assert [name for name in (*available(), *FAMILIES) if f"`{name}`" not in inference + presses] == []
     assert [name for name in METHODS if f"`{name}`" not in compare] == []
     low, high = (".".join(map(str, bound)) for bound in TESTED_TRANSFORMERS)
     assert f"{low}..{high}" in inference

@@ -16,6 +16,12 @@ SHOWS = {
         "one_key_too_many  float32   FAIL",
         "rounds_scores     bfloat16  FAIL",
     ],
+    "compress_cache": [
+        "dense              raw   seen 1639, key heads store 1639",
+        "snapkv@0.75        raw   seen 1639, key heads store [409, 409]",
+        "adakv:snapkv@0.75  int8  seen 1639",
+        "read once: 1640 tokens, not the questions",
+    ],
     "sparse_attention": ["16384 keys   softmax 0.0", "head 3: 9", "half dropped: 25 % of the pairs", "a layer: (2, 100, 128)"],
     "train_tiny": ["step   0 ", "step  99 "],
 }

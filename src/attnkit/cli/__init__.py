@@ -15,6 +15,7 @@ VERBS: Mapping[str, tuple[str, str]] = {
     "doctor": ("attnkit.cli.doctor", "What runs here, what refuses, and why."),
     "compare": ("attnkit.cli.compare", "Methods x lengths: quality, time and memory on your model and text."),
     "demo": ("attnkit.cli.demo", "The same on a packaged model and text, on the CPU: minutes, no network."),
+    "kv": ("attnkit.cli.kv", "Compress the key-value cache: methods, ratios, memory."),
     "ops": ("attnkit.cli.ops", "List operators, show what they accept, check their numerics here."),
     "models": ("attnkit.cli.models", "Model presets, their layers and sizes; our decoder against transformers' Llama."),
     "bench": ("attnkit.cli.bench", "Race operators against other implementations on this machine."),

@@ -29,6 +29,8 @@ __all__ = [
     "out_option",
     "parse_lengths",
     "parse_names",
+    "parse_numbers",
+    "parse_size",
     "quiet_option",
     "resolve_device",
     "resolve_dtype",
@@ -105,6 +107,23 @@ def parse_lengths(ctx: click.Context, param: click.Parameter, value: str | None)
             raise click.BadParameter(f"{item!r} is not a length; write tokens, e.g. 512 or 4k")
         lengths.append(int(digits) * (1024 if item.lower().endswith("k") else 1))
     return tuple(lengths)
+
+
+def parse_size(ctx: click.Context, param: click.Parameter, value: str) -> int:
+    """Option callback: `8k` -> 8192; one length."""
+    lengths = parse_lengths(ctx, param, value)
+    if lengths is None or len(lengths) != 1:
+        raise click.BadParameter(f"{value!r} is several lengths; give one")
+    return lengths[0]
+
+
+def parse_numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Option callback: `0,.25,.5` -> (0.0, 0.25, 0.5)."""
+    names = parse_names(ctx, param, value)
+    try:
+        return None if names is None else tuple(map(float, names))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} has an item that is no number; write 0,.25,.5") from None
 
 
 def _check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:

@@ -35,7 +35,7 @@ MEMORY_HINT = "finished parts are kept; use shorter --lengths, --dtype bf16, or 
     "compare",
     examples=(
         "attnkit compare --model ./my-model --text book.txt --lengths 4k,16k --methods dense,window,yarn",
-        "attnkit compare --trials 4 --out runs/first --resume",
+        "attnkit compare --methods snapkv@0.5,adakv:knorm:codec=int8@0.25 --out runs/first --resume",
     ),
     python='from attnkit.lab import compare\nresult = compare.run(model="./my-model", text="book.txt", lengths=[4096])',
     memory_hint=MEMORY_HINT,
@@ -57,7 +57,10 @@ MEMORY_HINT = "finished parts are kept; use shorter --lengths, --dtype bf16, or 
     help="Tokens of context: 2048 or 4k,16k.",
 )
 @click.option(
-    "--methods", callback=parse_names, metavar="A,B,..|all", help="Methods; dense always runs.  [default: the common ones]"
+    "--methods",
+    callback=parse_names,
+    metavar="A,B,..|all",
+    help="Methods, or presses of the cache (snapkv@0.5); dense always runs.  [default: the common ones]",
 )
 @click.option(
     "--trials", type=click.IntRange(min=1), default=1, show_default=True, help="Texts a length, and keys at each depth."

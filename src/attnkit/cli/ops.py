@@ -67,7 +67,7 @@ def _list(as_json: bool) -> None:
         for spec in OPS.values()
     ]
     cells = [(spec.name, spec.summary, ", ".join(_backends(spec)), ", ".join(_dtypes(spec.dtypes))) for spec in OPS.values()]
-    shown = table(("operator", "what it computes", "backends", "dtypes"), cells)
+    shown = table(("operator", "what it computes", "backends", "dtypes"), cells, named=True)
     emit({"operators": rows}, as_json, shown, "More about one: attnkit ops show NAME")
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "available",
     "calibrate",
     "reconstruction_error",
+    "generate_with_context",
     "register_entmax",
     "register_hash_attention",
 ]
@@ -42,6 +43,7 @@ __getattr__, __dir__ = lazy_attributes(
         "available": "attnkit.inference.policy",
         "calibrate": "attnkit.inference.calibrate",
         "reconstruction_error": "attnkit.inference.reconstruction",
+        "generate_with_context": "attnkit.inference.answers",
         "register_entmax": "attnkit.inference.entmax",
         "register_hash_attention": "attnkit.inference.implementation",
     },

@@ -17,16 +17,19 @@ __all__ = [
     "evicted_moments",
     "expected_attention_scores",
     "match_attention",
+    "catalogue",
     "methods",
     "moment_partial",
+    "parse",
     "press",
     "pressing",
     "reconstruction_error",
+    "write",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
-    modules={"pressing": "attnkit.kv.pressing"},
+    modules={"catalogue": "attnkit.kv.catalogue", "pressing": "attnkit.kv.pressing"},
     names={
         "FP8": "attnkit.kv.codecs",
         "Chain": "attnkit.kv.pressing",
@@ -44,7 +47,9 @@ __getattr__, __dir__ = lazy_attributes(
         "match_attention": "attnkit.kv.compaction",
         "methods": "attnkit.kv.pressing",
         "moment_partial": "attnkit.kv.compaction",
+        "parse": "attnkit.kv.notation",
         "press": "attnkit.kv.pressing",
         "reconstruction_error": "attnkit.inference.reconstruction",  # a model has to run
+        "write": "attnkit.kv.notation",
     },
 )

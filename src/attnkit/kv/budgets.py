@@ -162,9 +162,14 @@ class Pyramid:
 
 @wrapper("adakv")
 def _adakv(press: Any, alpha: float = 0.2) -> Any:
+    """The heads of a layer share one budget: those with many high scores keep more.
+
+    Source: Feng et al. 2024 (AdaKV), arXiv:2407.11550.
+    """
     return replace(press, budget=HeadAdaptive(alpha))
 
 
 @wrapper("per_layer")
 def _per_layer(press: Any, ratios: tuple[float, ...] = ()) -> Any:
+    """A ratio for each layer, `ratios`, in place of one for all."""
     return replace(press, budget=PerLayer(tuple(ratios)))

@@ -235,21 +235,28 @@ def _median(x: Tensor, size: Tensor) -> Tensor:
 
 @wrapper("chunk")
 def _chunk(press: Any, chunk_length: int = 1024) -> Any:
+    """Each chunk of the context keeps its own best keys."""
     return selecting(press, ChunkTopK(chunk_length))
 
 
 @wrapper("chunkkv")
 def _chunkkv(press: Any, chunk_length: int = 20) -> Any:
+    """Whole chunks of neighbouring tokens stay or go.
+
+    Source: Liu et al. 2025 (ChunkKV), arXiv:2502.00299.
+    """
     return selecting(press, WholeChunks(chunk_length))
 
 
 @wrapper("entropy_chunkkv")
 def _entropy_chunkkv(press: Any, chunk_length: int = 10, short_length: int = 4) -> Any:
+    """Whole chunks, of which those with a few outstanding tokens give only these."""
     return selecting(press, EntropyGatedChunks(chunk_length, short_length))
 
 
 @wrapper("block")
 def _block(press: Any, block_length: int = 128) -> Any:
+    """Scores block by block, each with what earlier blocks have left."""
     if press.needs & {"queries", "hidden", "replay"}:
         raise OptionError(
             "block scores parts of the keys anew; it goes around methods that need no more than keys and the newest queries"

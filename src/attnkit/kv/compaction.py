@@ -35,9 +35,10 @@ def match_attention(
     """Choose t keys, and fit biases and values so that the queries given see nearly what they saw of all keys.
 
     The keys are those with the largest root mean square of probabilities over the queries of their group. With A the
-    probabilities over all S keys, restricted to the chosen ones, weights w = exp(bias) minimise |A w - 1|^2, which keeps each
-    query's mass, within |bias| <= 3. Values then minimise |P V' - O|^2 + ridge mean(diag P^T P) |V' - V|^2, with P the
-    probabilities over the chosen keys with their bias, O the outputs over all keys and V the chosen keys' own values.
+    probabilities over all S keys, restricted to the chosen ones, weights w = exp(bias) minimise the square of A w - 1, which
+    keeps each query's mass, within biases of -3 to 3. Values then minimise the square of P V' - O and ridge times
+    mean(diag P^T P) times that of V' - V, with P the probabilities over the chosen keys with their bias, O the outputs over
+    all keys and V the chosen keys' own values.
 
     Args:
         queries: [B, H, m, D], a sample of what will be asked, rotated; H is a multiple of Hkv.

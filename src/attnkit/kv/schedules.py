@@ -75,4 +75,5 @@ class Every:
 
 @wrapper("decode")
 def _decode(press: Any, interval: int = 512, target: int | None = 2048, buffer: int = 256) -> Any:
+    """Compresses every `interval` tokens of decoding, down to `target`, instead of after the prefill."""
     return replace(press, schedule=Every(interval, target), buffer=buffer)

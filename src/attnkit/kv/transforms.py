@@ -232,15 +232,24 @@ def _think(window: int = 32) -> Press:
 
 @wrapper("merge")
 def _merge(press: Any, similarity: float = 0.0, fraction: float = 1.0) -> Any:
+    """Dropped values go into the kept tokens with the most similar keys; see `MergeNearest`.
+
+    Source: after Zhang et al. 2024 (CaM) and Wan et al. 2024 (D2O), arXiv:2406.13035.
+    """
     return changing(press, MergeNearest(similarity, fraction))
 
 
 @wrapper("cam")
 def _cam(press: Any, interval: int = 512, target: int | None = 2048, targets: int = 32, seed: int = 0) -> Any:
+    """While decoding, dropped values are spread over the kept tokens that follow; see `MergeWindow`.
+
+    Source: Zhang et al. 2024 (CaM), ICML 2024.
+    """
     # all queries since the last compression are kept, so that their attention can be summed
     return replace(changing(press, MergeWindow(targets, seed)), schedule=Every(interval, target), buffer=interval)
 
 
 @wrapper("rerotate")
 def _rerotate(press: Any) -> Any:
+    """Kept keys turn to neighbouring positions, as if the text had been shorter."""
     return changing(press, Rerotate())

@@ -1,6 +1,6 @@
 """Results for people and programs: JSON envelopes, tables, one self-contained HTML page."""
 
-from attnkit.report import claims, compare, deviation, race, reproduce, stability, train, weights
+from attnkit.report import cache_memory, claims, compare, deviation, race, reproduce, stability, train, weights
 from attnkit.report.files import envelope, plain, read_envelope, versions, write_bytes, write_json, write_text
 from attnkit.report.page import SECTIONS, Figure, Section, SectionSpec, Table, render_html, write_html
 from attnkit.report.tables import interval, markdown_table, number, table
@@ -29,6 +29,7 @@ __all__ = [
 SECTIONS.register("attnkit.claim/1", claims.SPEC)
 SECTIONS.register("attnkit.compare/1", compare.SPEC)
 SECTIONS.register("attnkit.deviation/1", deviation.SPEC)
+SECTIONS.register("attnkit.kv.memory/1", cache_memory.SPEC)
 SECTIONS.register("attnkit.localise/1", stability.LOCALISE)
 SECTIONS.register("attnkit.race/1", race.SPEC)
 SECTIONS.register("attnkit.reproduce/1", reproduce.SPEC)

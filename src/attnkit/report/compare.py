@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from attnkit.report import compare_plots as plots
+from attnkit.report import presses
 from attnkit.report.compare_results import Results, Row
 from attnkit.report.page import Block, Figure, Section, SectionSpec, Table
 from attnkit.report.tables import ABSENT, BEST, TIMES, interval, number
@@ -29,7 +30,8 @@ def _draw(document: Row) -> Section:
         facts.append(("loss over", f"the last {number(document['tail'])} tokens"))
     if not results.methods:
         return Section("Comparison of long-context methods", facts, (), ["No method was run."])
-    blocks = [_glance(results), *_quality(results), *_cost(results, document.get("shared_prefill") or ())]
+    shared = document.get("shared_prefill") or ()
+    blocks = [_glance(results), *presses.blocks(results), *_quality(results), *_cost(results, shared)]
     return Section("Comparison of long-context methods", facts, blocks, _lead(results))
 
 

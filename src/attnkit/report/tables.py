@@ -53,13 +53,14 @@ def is_numeric(cells: Iterable[str]) -> bool:
     return bool(written) and all(text[:1].isdigit() or (text[:1] in "+-<" and text[1:2].isdigit()) for text in written)
 
 
-def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "") -> "Table":
+def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "", named: bool = False) -> "Table":
     """Build a terminal table; columns of numbers are aligned to the right.
 
     Args:
         headers: with units ("prefill s").
         rows: cells in the order of the headers; see `cell` for how values are written.
         title: printed above.
+        named: rows begin with a name, which is never broken into two lines.
     """
     from rich import box
     from rich.table import Table
@@ -68,7 +69,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[object]], *, title: st
     drawn = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, header in enumerate(headers):
         right = is_numeric(row[index] for row in written)
-        drawn.add_column(header, justify="right" if right else "left", overflow="fold")
+        drawn.add_column(header, justify="right" if right else "left", overflow="fold", no_wrap=named and not index)
     for row in written:
         drawn.add_row(*row)
     return drawn

@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-from compare_examples import SENTENCES, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from attnkit.lab.compare import LoadedModel
 from attnkit.testing import tiny_model
+from compare_examples import SENTENCES, byte_tokenizer
 
 
 @pytest.fixture

@@ -1,10 +1,10 @@
 from typing import Any
 
 import pytest
-from compare_examples import SENTENCES, byte_tokenizer
 
 from attnkit._core.errors import InputError
 from attnkit.lab.compare.passkey import NEEDLE, OPENING, QUESTION, Frame, Prompt, is_hit
+from compare_examples import SENTENCES, byte_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] | trim }}</s>{% endfor %}"

@@ -2,6 +2,7 @@ from collections import Counter
 
 import pytest
 
+from attnkit import kv
 from attnkit._core.errors import OptionError
 from attnkit.inference import Dense, Policy, Window, YaRN
 from attnkit.lab.compare.methods import BASELINE, METHODS, describe, select
@@ -12,7 +13,9 @@ from attnkit.lab.compare.plan import inputs, order
 def test_every_method_reads_every_input_once() -> None:
     methods = select(("all",))
     for item in inputs([128, 256], trials=3):
-        assert sorted(method.name for method in order(item, methods)) == sorted(METHODS)
+        assert sorted(method.name for method in order(item, methods)) == sorted(
+            [*METHODS, *(f"{name}@0.5" for name in kv.methods(ready=True))]
+        )
 
 
 def test_on_pass_keys_every_method_takes_every_turn_equally_often() -> None:

@@ -56,9 +56,17 @@ class TwoStage:
 
 @wrapper("criticalkv")
 def _criticalkv(press: Any, first: float = 0.5, epsilon: float = 1e-4) -> Any:
+    """A part of the budget goes by scores, the rest by scores times the size of what values write.
+
+    Source: Feng et al. 2025 (CriticalKV), arXiv:2502.03805.
+    """
     return selecting(press, TwoStage(first, epsilon))
 
 
 @wrapper("critical_adakv")
 def _critical_adakv(press: Any, alpha: float = 0.2, first: float = 0.5, epsilon: float = 1e-4) -> Any:
+    """`criticalkv` with a budget that the heads of a layer share, as in `adakv`.
+
+    Source: Feng et al. 2025 (CriticalKV), arXiv:2502.03805.
+    """
     return replace(selecting(press, TwoStage(first, epsilon)), budget=HeadAdaptive(alpha))

@@ -124,6 +124,7 @@ class ExpectedAttentionStats(ExpectedAttention):
         horizon, sinks, eps, rope, covariance, value_norm: see `ExpectedAttention`.
     Raises:
         OptionError: no path.
+    Source: Devoto et al. 2025, arXiv:2510.00636.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"rope"})

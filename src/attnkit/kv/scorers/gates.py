@@ -152,4 +152,8 @@ class FastKVzip:
 
 @base("fastkvzip")
 def _fastkvzip(weights: str | None = None, sink: int = 4, recent: float = 0.02, recent_long: int = 4096) -> Press:
+    """A trained gate of low rank compares a token with learnt sinks; see `FastKVzip`.
+
+    Source: Kim et al. 2026 (Fast KVzip), arXiv:2601.17668.
+    """
     return Press(scorer=FastKVzip(weights, sink, recent, recent_long), budget=AcrossLayers())

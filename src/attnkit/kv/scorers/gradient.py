@@ -116,4 +116,8 @@ def _frozen(text: Any) -> Iterator[None]:
 
 @base("kvgrad")
 def _kvgrad(chunk: int = 512, sink: int = 4, prompt_ids: Any = (), later_ids: Any = None, suffix_ids: Any = ()) -> Press:
+    """What a key writes into the residual stream times how much the result minds; see `KVGrad`.
+
+    Source: KVgrad 2026, https://openreview.net/forum?id=cg1wTCJjjk.
+    """
     return Press(KVGrad(chunk, sink, prompts_of(prompt_ids, later_ids, suffix_ids)), budget=AcrossLayers())

@@ -51,6 +51,10 @@ class Protected:
 
 @wrapper("lukv")
 def _lukv(press: Any, curves: str | None = None, keep_first: int = 4, keep_last: int = 1) -> Any:
+    """Each head's own ratio from a table that was worked out beforehand (`curves`).
+
+    Source: LU-KV 2026, arXiv:2602.08585.
+    """
     path = required(curves, "lukv", "curves, a table [99, layers, Hkv] for this model and scorer (.npy or .safetensors)")
     return replace(press, scorer=Protected(press.scorer, keep_first, keep_last), budget=Curves(path))
 

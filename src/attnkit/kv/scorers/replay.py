@@ -185,11 +185,19 @@ def prompts_of(prompt_ids: Any, later_ids: Any, suffix_ids: Any) -> Prompts:
 
 @base("kvzip")
 def _kvzip(chunk: int = 2048, sink: int = 4, prompt_ids: Any = (), later_ids: Any = None, suffix_ids: Any = ()) -> Press:
+    """Keys that are looked at while the context is repeated; see `KVzip`.
+
+    Source: Kim et al. 2025 (KVzip), arXiv:2505.23416.
+    """
     return Press(KVzip(False, chunk, sink, prompts_of(prompt_ids, later_ids, suffix_ids)), budget=AcrossLayers())
 
 
 @base("kvzip_plus")
 def _kvzip_plus(chunk: int = 2048, sink: int = 4, prompt_ids: Any = (), later_ids: Any = None, suffix_ids: Any = ()) -> Press:
+    """KVzip's scores, weighed by the size of values and hidden states; see `KVzip`.
+
+    Source: Jegou and Jeblick 2026 (KVzap), arXiv:2601.07891.
+    """
     return Press(KVzip(True, chunk, sink, prompts_of(prompt_ids, later_ids, suffix_ids)), budget=AcrossLayers())
 
 
@@ -197,4 +205,8 @@ def _kvzip_plus(chunk: int = 2048, sink: int = 4, prompt_ids: Any = (), later_id
 def _kvcompose(
     queries: str = "max", heads: str = "mean", value_norm: bool = False, join_heads: bool = True, structured: bool = True
 ) -> Press:
+    """Keys that are looked at in a second reading; all heads of a layer keep equally many; see `KVCompose`.
+
+    Source: Akulov et al. 2025 (KVCompose), arXiv:2509.05165.
+    """
     return Press(KVCompose(queries, value_norm, join_heads), budget=Composite(heads) if structured else AcrossLayers())

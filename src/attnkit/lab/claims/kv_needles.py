@@ -16,13 +16,12 @@ from attnkit.lab.claims.claim import Cell, Claim, Conclusion, Row
 from attnkit.lab.claims.kv_asked import ORACLES, Asked, Method, future_mass, oracle, prefilling
 from attnkit.lab.claims.kv_verdict import DENSE, PROTOCOL, conclude_rows, measure
 from attnkit.lab.claims.place import Place
-from attnkit.lab.compare import loading, passkey, texts
+from attnkit.lab.compare import loading, texts
 
 __all__ = ["CLAIM"]
 
 _LEARNT = 0.6
 _KIND = "needles"
-_HAYSTACK = "<<haystack>>"
 _TEXTS, _READ = 16, 256  # texts that are read to learn statistics of queries, and their tokens
 # one token each, so that contexts and questions have equal lengths
 _NAMES = (
@@ -124,6 +123,8 @@ def _given(settings: Settings, seed: int, loaded: loading.LoadedModel) -> Asked:
     Raises:
         InputError: the contexts have no room for text, or names and numbers have different numbers of tokens.
     """
+    from attnkit.lab.compare import passkey
+
     hay = _text(settings, loaded)[_TEXTS * _READ :]
     random = np.random.default_rng(seed)
     contexts, asked, answers = [], [], []
@@ -152,11 +153,12 @@ def _tokens(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def _around(tokenizer: Any, name: str) -> tuple[str, str]:
     """What stands before the text and behind it, up to where the answer goes on, in the model's chat template."""
+    from attnkit.inference.answers import around
+    from attnkit.lab.compare import passkey
+
     question, opening = (text.replace("pass key", f"pass key of {name}") for text in (passkey.QUESTION, passkey.OPENING))
-    turns = [{"role": "user", "content": _HAYSTACK + question}]
-    shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + opening
-    before, after = shown.split(_HAYSTACK)
-    return before, after
+    before, after = around(tokenizer, question)
+    return before, after + opening
 
 
 def _hidden(before: list[int], hay: list[int], parts: list[list[int]], length: int) -> list[int]:

@@ -13,6 +13,8 @@ the model's chat template if it has one, asks for it at the end; prompts are exa
 prompt without its question is read in one forward pass, the question in a second, then at most 12 tokens are decoded
 greedily; a hit is an answer with the five digits in it. `trials` keys at each depth; Wilson interval.
 
+`query_aware` reads the question in the same pass as the prompt, so that methods that drop keys know it.
+
 *Cost.* `prefill_s` is the median time of the first passes, `decode_tok_s` the inverse of the median time of a greedy token
 (32 after each text window, and those of the answers), `peak_mib` the median over first passes of the largest memory beyond
 what was in use before (weights do not count), `kv_mib` the memory behind the cache after
@@ -23,13 +25,17 @@ machine that slows down slows all of them. On text dense runs first, because the
 Methods that differ from dense only after the prompt (`shares_dense_prefill`) start from a copy of dense's cache and report
 the time and the peak of dense's first pass; the result lists them under `shared_prefill`.
 
+*Presses.* Methods of the cache are named as `attnkit.lab.compare.methods.named` says. They compress at the end of the first
+pass, so `prefill_s` and `peak_mib` count what that takes; `kept` holds what heads keep of the first input. `sweep` runs a
+grid of ratios, `memory` weighs caches.
+
 *Resume.* After each (input, method) everything measured so far is in `state.json`; a run that was cut short and resumed
 gives the same quality columns as one that was not. Other arguments than those of the first call are refused.
 """
 
 from attnkit._core.lazy import lazy_attributes
 
-__all__ = ["METHODS", "Event", "LoadedModel", "Method", "run"]
+__all__ = ["METHODS", "Event", "LoadedModel", "Method", "grid", "memory", "run", "sweep"]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
@@ -38,6 +44,9 @@ __getattr__, __dir__ = lazy_attributes(
         "Event": "attnkit._core.events",
         "LoadedModel": "attnkit.lab.compare.loading",
         "Method": "attnkit.lab.compare.methods",
+        "grid": "attnkit.lab.compare.presses",
+        "memory": "attnkit.lab.compare.presses",
         "run": "attnkit.lab.compare.runner",
+        "sweep": "attnkit.lab.compare.presses",
     },
 )

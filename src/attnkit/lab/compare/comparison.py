@@ -12,7 +12,7 @@ from attnkit._core.devices import device_name
 from attnkit._core.events import Event, Kind
 from attnkit.lab.compare import loading, passkey, texts
 from attnkit.lab.compare.methods import Method
-from attnkit.lab.compare.plan import Input, inputs, order
+from attnkit.lab.compare.plan import TASKS, Input, inputs, order
 from attnkit.lab.compare.rows import make_rows
 from attnkit.lab.compare.session import Session, TextInput
 from attnkit.lab.compare.state import State
@@ -34,6 +34,8 @@ class Setup:
     seed: int
     device: torch.device
     dtype: torch.dtype
+    tasks: tuple[str, ...] = TASKS
+    query_aware: bool = False
 
     @property
     def call(self) -> dict[str, Any]:
@@ -45,6 +47,8 @@ class Setup:
             "methods": [method.name for method in self.methods],
             "trials": self.trials,
             "seed": self.seed,
+            "tasks": list(self.tasks),
+            "query_aware": self.query_aware,
         }
 
     @property
@@ -76,7 +80,7 @@ class Comparison:
 
     def __init__(self, setup: Setup, state: State, on_event: Callable[[Event], None] | None) -> None:
         self._setup, self._state, self._on_event = setup, state, on_event
-        self._inputs = inputs(setup.lengths, setup.trials)
+        self._inputs = inputs(setup.lengths, setup.trials, setup.tasks)
         self._spent, self._began = state.wall_s, time.perf_counter()
 
     @property
@@ -99,7 +103,7 @@ class Comparison:
             self._tell("phase", f"loading {source.name}")
             source = loading.load(source, setup.device, setup.dtype)
         self._warn_beyond_positions(source.model)
-        session, frame = Session(source, setup.methods), passkey.Frame(source.tokenizer)
+        session, frame = Session(source, setup.methods, query_aware=setup.query_aware), passkey.Frame(source.tokenizer)
         self._tell("phase", f"reading {setup.text.name}, first calls of all methods")
         ids = texts.tokenize(setup.text, source.tokenizer, lengths=setup.lengths, trials=setup.trials)
         session.check(setup.methods, min(setup.lengths))
@@ -134,6 +138,8 @@ class Comparison:
                 "text_sha256": setup.text.sha256,
                 "tail": texts.tail_length(setup.lengths),
                 "shared_prefill": shared if len(shared) > 1 else [],
+                "tasks": setup.tasks,
+                "query_aware": setup.query_aware,
                 "depths": passkey.DEPTHS,
                 "prompt": [passkey.NEEDLE, passkey.QUESTION, passkey.OPENING],
                 "threads": torch.get_num_threads(),

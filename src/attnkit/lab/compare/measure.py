@@ -51,10 +51,12 @@ class PeakMemory:
 
     Attributes:
         mib: the result, after the block; None where the system does not tell.
+        held_mib: what is in use after the block beyond what was before it; None where the system does not tell.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.mib: float | None = None
+        self.held_mib: float | None = None
         self._cuda = device if device.type == "cuda" else None
         self._before = self._peak = 0
         self._done = threading.Event()
@@ -72,10 +74,13 @@ class PeakMemory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._cuda is not None:
             self.mib = (torch.cuda.max_memory_allocated(self._cuda) - self._before) / MIB
+            self.held_mib = (torch.cuda.memory_allocated(self._cuda) - self._before) / MIB
         elif self._thread.ident is not None:
             self._done.set()
             self._thread.join()
-            self.mib = (max(self._peak, _in_use()) - self._before) / MIB
+            held = _in_use()
+            self.mib = (max(self._peak, held) - self._before) / MIB
+            self.held_mib = (held - self._before) / MIB
 
     def _watch(self) -> None:
         while not self._done.wait(_INTERVAL_S):

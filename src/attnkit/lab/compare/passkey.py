@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnkit._core.errors import InputError
+from attnkit.inference.answers import around
 
 __all__ = ["ANSWER_TOKENS", "DEPTHS", "NEEDLE", "OPENING", "QUESTION", "Frame", "Prompt", "is_hit"]
 
@@ -18,7 +19,6 @@ ANSWER_TOKENS = 12
 NEEDLE = "\n\nThe secret pass key is {key}. Remember it.\n\n"
 QUESTION = "\n\nWhat is the secret pass key in the text above?"
 OPENING = 'The text says: "The secret pass key is'
-_HAYSTACK = "<<haystack>>"
 _SENTENCE_SEARCH = 64
 
 
@@ -48,17 +48,12 @@ class Frame:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        message = _HAYSTACK + QUESTION
-        if getattr(tokenizer, "chat_template", None):
-            turns = [{"role": "user", "content": message}]
-            shown = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) + OPENING
-            before, after = shown.split(_HAYSTACK)
-            self._before = self._ids(before)
-        else:
-            after = message.removeprefix(_HAYSTACK) + "\n\n" + OPENING
+        before, after = around(tokenizer, QUESTION)
+        self._before = self._ids(before)
+        if not getattr(tokenizer, "chat_template", None):
             bos = getattr(tokenizer, "bos_token_id", None)
             self._before = [] if bos is None else [bos]
-        self._after = self._ids(after)
+        self._after = self._ids(after + OPENING)
 
     def prompt(self, ids: Sequence[int], *, length: int, depth: float, seed: Sequence[int]) -> Prompt:
         """Hide a key in `ids` so that context and question together are exactly `length` tokens.

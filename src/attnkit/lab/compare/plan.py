@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from attnkit.lab.compare.methods import BASELINE, Method
 from attnkit.lab.compare.passkey import DEPTHS
 
-__all__ = ["Input", "inputs", "order"]
+__all__ = ["TASKS", "Input", "inputs", "order"]
+
+TASKS = ("text", "needle")
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,15 @@ class Input:
         return f"{self}: {method.name}"
 
 
-def inputs(lengths: Sequence[int], trials: int) -> list[Input]:
-    """All inputs: for each length and trial a text window, then a pass-key at each depth."""
+def inputs(lengths: Sequence[int], trials: int, tasks: Sequence[str] = TASKS) -> list[Input]:
+    """All inputs: for each length and trial a text window ("text"), then a pass-key at each depth ("needle")."""
+    depths: list[float | None] = [*([None] if "text" in tasks else []), *(DEPTHS if "needle" in tasks else [])]
     turns = {True: itertools.count(), False: itertools.count()}
     return [
         Input(next(turns[depth is None]), length, trial, depth)
         for length in lengths
         for trial in range(trials)
-        for depth in (None, *DEPTHS)
+        for depth in depths
     ]
 
 

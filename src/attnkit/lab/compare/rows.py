@@ -32,19 +32,22 @@ def make_rows(
         for method in methods:
             place, base = (length, method.name), (length, BASELINE)
             prefills = base if method.shares_dense_prefill else place
+            read, answered = texts.get(place, ()), asked.get(place, ())
             row = {"method": method.name, "length": length, "policy": describe(method.policy(length))}
             rows.append(
                 row
-                | _quality(texts[place], asked[place], seed)
-                | _cost(texts[place], asked[place], [*texts[prefills], *asked[prefills]])
+                | {"press": method.press, "ratio": method.ratio, "codec": method.codec}
+                | _quality(read, answered, seed)
+                | _cost(read, answered, [*texts.get(prefills, ()), *asked.get(prefills, ())])
+                | {"kept": next((step["kept"] for step in [*read, *answered]), None)}
             )
     return rows
 
 
 def _quality(texts: Sequence[Step], asked: Sequence[Step], seed: int) -> dict[str, Any]:
-    loss, low, high = block_bootstrap([step["losses"] for step in texts], seed=seed)
+    loss, low, high = block_bootstrap([step["losses"] for step in texts], seed=seed) if texts else (None, None, None)
     hits = sum(step["hit"] for step in asked)
-    passkey_low, passkey_high = wilson(hits, len(asked))
+    passkey_low, passkey_high = wilson(hits, len(asked)) if asked else (None, None)
     return {
         "loss": loss,
         "loss_low": low,
@@ -53,8 +56,8 @@ def _quality(texts: Sequence[Step], asked: Sequence[Step], seed: int) -> dict[st
         "passkey_trials": len(asked),
         "passkey_low": passkey_low,
         "passkey_high": passkey_high,
-        "agreement": statistics.fmean(step["agreement"] for step in texts),
-        "kl": statistics.fmean(step["kl"] for step in texts),
+        "agreement": statistics.fmean(step["agreement"] for step in texts) if texts else None,
+        "kl": statistics.fmean(step["kl"] for step in texts) if texts else None,
         "trials": [{name: step[name] for name in ("depth", "key", "answer", "hit")} for step in asked],
     }
 
@@ -64,7 +67,7 @@ def _cost(texts: Sequence[Step], asked: Sequence[Step], prefills: Sequence[Step]
     token_s = [seconds for step in [*texts, *asked] for seconds in step["token_s"]]
     return {
         "prefill_s": statistics.median(step["prefill_s"] for step in prefills),
-        "decode_tok_s": 1 / statistics.median(token_s),
+        "decode_tok_s": 1 / statistics.median(token_s) if token_s else None,
         "peak_mib": statistics.median(peaks) if peaks else None,
-        "kv_mib": statistics.median(step["kv_mib"] for step in texts),
+        "kv_mib": statistics.median(step["kv_mib"] for step in texts or asked),
     }

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from attnkit import inference
 from attnkit._core.errors import PolicyError, UnsupportedArchitecture
+from attnkit.inference.answers import greedy, read, stop_tokens
 from attnkit.kv import KVCache
+from attnkit.lab.compare.kept import kept_of
 from attnkit.lab.compare.loading import LoadedModel
 from attnkit.lab.compare.measure import MIB, PeakMemory, clock
 from attnkit.lab.compare.methods import BASELINE, METHODS, Method
@@ -49,14 +51,16 @@ class Session:
     Args:
         loaded: the model.
         methods: those that will run.
+        query_aware: whether questions are read in one pass with the context.
     """
 
-    def __init__(self, loaded: LoadedModel, methods: Sequence[Method]) -> None:
+    def __init__(self, loaded: LoadedModel, methods: Sequence[Method], *, query_aware: bool = False) -> None:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._device = loaded.model.device
         self._copies = sum(method.shares_dense_prefill for method in methods) > 1
-        self._stop = _stop_tokens(loaded)
-        self._warm: set[tuple[inference.Policy, int]] = set()
+        self._stop = stop_tokens(loaded.model, loaded.tokenizer)
+        self._query_aware = query_aware
+        self._warm: set[tuple[inference.Policy, str | None, int]] = set()
         self._dense: _Start | None = None
         self._reference: Tensor | None = None
 
@@ -70,7 +74,7 @@ class Session:
         for method in methods:
             try:
                 with torch.inference_mode(), self._applied(method, length) as applied:
-                    self._forward(ids, applied.new_cache())
+                    self._forward(ids, applied.new_cache(codec=method.codec))
             except PolicyError as error:
                 kind = UnsupportedArchitecture if isinstance(error, UnsupportedArchitecture) else PolicyError
                 fix = "choose another model" if method.name == BASELINE else f"leave {method.name} out of the methods"
@@ -85,12 +89,14 @@ class Session:
         """Score the tail, then decode.
 
         Returns:
-            losses (one a tail token), kl, agreement, prefill_s, peak_mib, token_s (one a decoded token), kv_mib.
+            losses (one a tail token), kl, agreement, prefill_s, peak_mib, token_s (one a decoded token), kv_mib, kept (see
+            `kept_of`).
         """
         reference = None if method.name == BASELINE else self._dense_logits(item, length)
         start = self._dense_start(item.context, length) if method.shares_dense_prefill else None
         with self._applied(method, length) as applied:
-            start = start or self._read(item.context, applied)
+            start = start or self._read(item.context, applied, method.codec)
+            kept = None if method.press is None else kept_of(start.cache)
             after = self._forward(item.tail, start.cache)
             kv_mib = start.cache.nbytes() / MIB
             logits = torch.cat([start.logits[None], after[:-1]])
@@ -107,6 +113,7 @@ class Session:
             "peak_mib": start.peak_mib,
             "token_s": token_s,
             "kv_mib": kv_mib,
+            "kept": kept,
         }
 
     @torch.inference_mode()
@@ -114,12 +121,17 @@ class Session:
         """Ask for a pass-key.
 
         Returns:
-            depth, key, answer, hit, prefill_s, peak_mib, token_s.
+            depth, key, answer, hit, prefill_s, peak_mib, token_s, kv_mib, kept.
         """
-        start = self._dense_start(prompt.context, length) if method.shares_dense_prefill else None
+        first, rest = (prompt.context, prompt.question)
+        if self._query_aware:
+            first, rest = [*first, *rest], []
+        start = self._dense_start(first, length) if method.shares_dense_prefill else None
         with self._applied(method, length) as applied:
-            start = start or self._read(prompt.context, applied)
-            logits = self._forward(prompt.question, start.cache, last=True)[-1]
+            start = start or self._read(first, applied, method.codec)
+            kept = None if method.press is None else kept_of(start.cache)
+            logits = self._forward(rest, start.cache, last=True)[-1] if rest else start.logits
+            kv_mib = start.cache.nbytes() / MIB
             ids, token_s = self._decode(logits, start.cache, steps=ANSWER_TOKENS, stop=self._stop)
         answer = self._tokenizer.decode(ids)
         return {
@@ -130,6 +142,8 @@ class Session:
             "prefill_s": start.seconds,
             "peak_mib": start.peak_mib,
             "token_s": token_s,
+            "kv_mib": kv_mib,
+            "kept": kept,
         }
 
     def _applied(self, method: Method, length: int) -> inference.Applied:
@@ -139,7 +153,7 @@ class Session:
         """Dense's prefill of this input, for one method to go on from."""
         if self._dense is None:
             with self._applied(METHODS[BASELINE], length) as applied:
-                self._dense = self._read(context, applied)
+                self._dense = self._read(context, applied, None)
         start = self._dense
         if self._copies:
             return dataclasses.replace(start, cache=start.cache.clone())
@@ -155,12 +169,12 @@ class Session:
             self._reference = torch.cat([start.logits[None], after[:-1]])
         return self._reference
 
-    def _read(self, ids: list[int], applied: inference.Applied) -> _Start:
-        shape = (applied.policy, len(ids))
+    def _read(self, ids: list[int], applied: inference.Applied, codec: str | None) -> _Start:
+        shape = (applied.policy, codec, len(ids))
         if self._device.type == "cuda" and shape not in self._warm:  # the first call of a shape chooses and compiles kernels
             self._warm.add(shape)
-            self._forward(ids, applied.new_cache(), last=True)
-        cache = applied.new_cache()
+            self._forward(ids, applied.new_cache(codec=codec), last=True)
+        cache = applied.new_cache(codec=codec)
         with PeakMemory(self._device) as peak:
             begin = clock(self._device)
             logits = self._forward(ids, cache, last=True)[-1]
@@ -169,20 +183,16 @@ class Session:
 
     def _forward(self, ids: Sequence[int], cache: KVCache, *, last: bool = False) -> Tensor:
         """Token ids -> logits [T, V], or [1, V] of the last token."""
-        tokens = torch.tensor([ids], device=self._device)
-        logits: Tensor = self._model(tokens, past_key_values=cache, logits_to_keep=1 if last else 0).logits
-        return logits[0]
+        return read(self._model, ids, cache, last=last)
 
     def _decode(self, logits: Tensor, cache: KVCache, *, steps: int, stop: Collection[int]) -> tuple[list[int], list[float]]:
         """Greedy tokens after `logits` [V], and the seconds of each."""
         ids: list[int] = []
-        times = [clock(self._device)]
-        for _ in range(steps):
-            token = int(logits.argmax())
-            if token in stop:
-                break
+        stream = greedy(self._model, logits, cache, stop=stop)
+        token, times = next(stream, None), [clock(self._device)]
+        while token is not None and len(ids) < steps:
             ids.append(token)
-            logits = self._forward([token], cache, last=True)[-1]
+            token = next(stream, None)
             times.append(clock(self._device))
         return ids, [after - before for before, after in itertools.pairwise(times)]
 
@@ -195,9 +205,3 @@ def _compare(reference: Tensor, logits: Tensor) -> tuple[float, float]:
         total += float((log_p.exp() * (log_p - log_q)).sum())
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
     return total / len(reference), same / len(reference)
-
-
-def _stop_tokens(loaded: LoadedModel) -> frozenset[int]:
-    configured = getattr(loaded.model.generation_config, "eos_token_id", None)
-    several = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in [*several, loaded.tokenizer.eos_token_id] if token is not None)

@@ -26,7 +26,7 @@ def expected_attention_scores(
     """How much queries drawn from N(mean, cov) are expected to take from each cached key; larger is better kept.
 
     log z_i = scale mean . k_i + scale^2 / 2 k_i . cov k_i;  a = softmax(log z) of each query head over keys that compete;
-    score_i = mean over the G query heads of a key head of (a_i + eps) |v_i|
+    score_i = mean over the G query heads of a key head of (a_i + eps) norm(v_i)
 
     Args:
         k, v: [B, S, Hkv, D] and [B, S, Hkv, Dv], keys as attention sees them, after rotation.
@@ -34,7 +34,7 @@ def expected_attention_scores(
         cov: [B, H, D, D], symmetric, of the same dtype; None leaves the second term out.
         scale: of attention's scores; 1 / sqrt(D) by default.
         eps: added to every probability, so that what is never attended is ranked by its value.
-        value_norm: "l2" is |v_i|; "output" is what head h adds to the residual stream, |W_h v_i|; "none" is 1.
+        value_norm: "l2" is that of v_i; "output" is that of what head h adds to the residual stream, W_h v_i; "none" is 1.
         output_gram: [H, Dv, Dv], W_h^T W_h of each head's part of the output projection, for "output" alone.
         valid: [B, S] or [B, S, Hkv] bool, False where a key is not there (padding); None means all are.
         sinks: the first so many valid keys of a row do not compete and come first.

@@ -17,8 +17,8 @@ def quadratic(
     """x . first + unit x . (second + rest) x for BLOCK_N rows of x [B, S, Hkv, D] and each of GROUP heads: out [B, H, S].
 
     The rows are read once; matrices go by, BLOCK_C columns at a time. With SPLIT a matrix is the sum of two of 16 bits; `unit`,
-    a number a head, multiplies both where it is there. With SCORED rows that do not compete are -inf, and parts [B, H, tiles] is
-    the LSE of each tile.
+    a number a head, multiplies both where it is there. With SCORED rows that do not compete are -inf, and parts [B, H, tiles]
+    is the LSE of each tile.
     """
     CHUNKS: tl.constexpr = BLOCK_D // BLOCK_C
     tile = tl.program_id(0)
