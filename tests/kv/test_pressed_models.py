@@ -1,5 +1,7 @@
 """Models with compressed caches against the same models reading everything with a mask over what was dropped."""
 
+from dataclasses import dataclass, field, replace
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -174,6 +176,27 @@ def test_decoding_keeps_the_cache_small():
             model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, do_sample=False)
             lengths = [layer.pages.store.lengths for layer in cache.kv_layers]
             assert all(int(length.sum()) <= most * length.numel() for length in lengths)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A budget that waits for all layers, and says how often it was asked."""
+
+    asked: list = field(hash=False, compare=False)
+
+    def share(self, contexts, scores, kept):
+        self.asked.append(contexts[0].seen)
+        return kept
+
+
+def test_a_budget_over_layers_is_asked_once_an_interval():
+    model = tiny_model("llama")
+    ids, mask = ids_of(length=PROMPT, pads=(0, 0))
+    budget = Shared([])
+    press = replace(kv.press("decode:knorm", interval=8, target=20), budget=budget)
+    with inference.apply(model, inference.Policy(cache=press)) as h:
+        model.generate(ids, attention_mask=mask, past_key_values=h.new_cache(), max_new_tokens=30, do_sample=False)
+    assert budget.asked == [PROMPT + 8, PROMPT + 16, PROMPT + 24]
 
 
 def test_a_foreign_attention_reads_even_heads_and_is_refused_ragged_ones():

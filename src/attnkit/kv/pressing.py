@@ -152,6 +152,7 @@ class Press:
         if self.ratio == 0 and isinstance(self.schedule, AfterPrefill):
             return
         ctx = notes.context(call, self, phase)
+        notes.since = 0
         if "replay" in self.needs:
             notes.pending = (ctx, None)
             return
@@ -160,7 +161,6 @@ class Press:
             notes.pending = (replace(ctx, hidden=None), scores)  # the states of all layers would not fit
             return
         self._finish(call.layer, ctx, scores, self.budget.counts(ctx, scores, self._kept(ctx)))
-        notes.since = 0
 
     def _kept(self, ctx: ScoreContext) -> int | Tensor:
         return self.schedule.kept(ctx.stored.length, self.ratio, ctx.seen)
