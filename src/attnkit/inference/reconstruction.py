@@ -15,7 +15,7 @@ _SHARE, _MOST = 8, 256  # the tail is an eighth of the tokens, at most so many
 
 
 def reconstruction_error(model: Any, press: Any, ids: Tensor, *, tail: int | None = None) -> Tensor:
-    """|h - h'| / |h| of each layer's output, h with the whole cache and h' with a compressed one.
+    """Relative error of each layer's output: norm(h - h') / norm(h), h with the whole cache and h' with a compressed one.
 
     The context is read and compressed, then the tail is read in one pass; h are the hidden states of the tail, in float32, the
     last layer's behind the final norm.
