@@ -65,6 +65,8 @@ RUNS: dict[str, tuple[tuple[str, ...], set[str]]] = {
     "entmax-retrieval": (("lengths=32", "alphas=1.5"), {"ndcg", "alpha"}),
     "mlstm-transfer": ((), {"before", "after", "gate"}),
     "mlstm-lm": (("layers=1",), {"validation_loss", "step_ms", "arm", "curve"}),
+    "kv-recall": ((), {"method", "phase", "ratio"}),
+    "kv-needles": (("length=128", "needles=1"), {"method", "phase", "ratio"}),
 }
 
 
