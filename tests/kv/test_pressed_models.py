@@ -199,6 +199,18 @@ def test_a_budget_over_layers_is_asked_once_an_interval():
     assert budget.asked == [PROMPT + 8, PROMPT + 16, PROMPT + 24]
 
 
+@pytest.mark.parametrize(("spec", "kept"), [("tova", None), ("decode:tova", 12)])
+def test_queries_are_kept_while_decoding_only_for_who_asks_for_them_then(spec, kept):
+    model = tiny_model("llama")
+    ids, mask = ids_of(length=PROMPT)
+    press = kv.press(spec)
+    with inference.apply(model, inference.Policy(cache=press)) as h:
+        cache = h.new_cache()
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=13, do_sample=False)
+    queries = [layer.notes[press].queries for layer in cache.kv_layers]
+    assert [None if held is None else held.shape[2] for held in queries] == [kept, kept]
+
+
 def test_a_foreign_attention_reads_even_heads_and_is_refused_ragged_ones():
     model = tiny_model("llama")
     ids, _ = ids_of(pads=(0, 0))

@@ -1,6 +1,7 @@
 """Budgets that were worked out beforehand, and budgets that follow from a threshold."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ class PrefillAndEvery:
         interval: tokens between two compressions, 1 or more.
     """
 
+    decodes: ClassVar[bool] = True
     interval: int = 64
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ class Notes:
         new = call.q.shape[1]
         if self.prefilled:
             self.since += new
+            if not press.schedule.decodes:
+                return "decode"
             phase: str | None = "decode"
         else:
             phase = "prefill" if call.seen >= (context or 0) else None
@@ -100,11 +102,9 @@ class Notes:
         if call.hidden is not None:
             self.hidden = _newest(self.hidden, call.hidden, limit, 1)
 
-    def end_prefill(self, seen: int, press: "Press") -> None:
+    def end_prefill(self) -> None:
         """Start counting anew; a press that compresses while decoding starts with an empty buffer."""
-        del seen
         self.prefilled, self.since = True, 0
-        del press
         self.queries = self.positions = self.turned = self.real = self.hidden = None
         self.moments = None
 

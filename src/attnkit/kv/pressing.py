@@ -119,7 +119,7 @@ class Press:
         if phase is not None and self.schedule.due(phase=phase, since=notes.since):
             self._compress(call, notes, phase)
         if phase == "prefill":
-            notes.end_prefill(call.seen, self)
+            notes.end_prefill()
 
     def after_pass(self, passed: "PassDone") -> None:
         """Called when all layers are done: share a budget over them, or read the context again.

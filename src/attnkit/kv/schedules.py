@@ -1,7 +1,7 @@
 """Schedules: when a press compresses a layer, and to how many keys."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -13,7 +13,13 @@ __all__ = ["AfterPrefill", "Every", "Schedule"]
 
 
 class Schedule(Protocol):
-    """When, and how much."""
+    """When, and how much.
+
+    Attributes:
+        decodes: whether it ever compresses while decoding; where it does not, no queries are kept then.
+    """
+
+    decodes: ClassVar[bool]
 
     def due(self, *, phase: str, since: int) -> bool:
         """Whether to compress after a pass.
@@ -32,6 +38,8 @@ class Schedule(Protocol):
 @dataclass(frozen=True)
 class AfterPrefill:
     """Once, when the context has been read."""
+
+    decodes: ClassVar[bool] = False
 
     def due(self, *, phase: str, since: int) -> bool:
         """At the end of the prefill."""
@@ -53,6 +61,7 @@ class Every:
         target: tokens that a head keeps; None keeps the share of the tokens seen that the press's ratio leaves.
     """
 
+    decodes: ClassVar[bool] = True
     interval: int = 512
     target: int | None = 2048
 

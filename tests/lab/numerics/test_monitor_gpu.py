@@ -106,7 +106,7 @@ def counted(model: Any, step: Callable[[], None]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("compiled", "most"), [(False, 0.01), (True, 0.02)], ids=["plain", "compiled"])
-def test_what_sampling_every_fiftieth_step_costs(compiled: bool, most: float) -> None:
+def test_what_sampling_every_fiftieth_step_costs(compiled: bool, most: float, record_property: Any) -> None:
     """A compiled model runs uncompiled in a sampled step, which costs most of what is more."""
     torch.manual_seed(0)
     model = new_model(vocab_size=260, dim=512, layers=8, heads=8, positions=2048).cuda()
@@ -133,6 +133,8 @@ def test_what_sampling_every_fiftieth_step_costs(compiled: bool, most: float) ->
     whole, plain, behind = median(looked), median(others), median(judged)
     share = (whole - plain) / (CADENCE * plain)
     print(f"a step {plain:.1f} ms, a sampled one {whole:.1f} ms: {100 * share:.2f} % at every={CADENCE}")
+    for name, value in {"a step, ms": plain, "a sampled one, ms": whole, "share at every=50": share}.items():
+        record_property(name, round(value, 4))
     rest = whole - eager - behind
     print(f"  of {whole - plain:.1f} ms: {eager - plain:.1f} uncompiled, {rest:.1f} in the passes, {behind:.1f} after them")
     print(f"  a step never watched {before:.1f} ms; graphs compiled since: {counters['stats']['unique_graphs'] - graphs}")
