@@ -128,8 +128,7 @@ def context(
 
 def _moments(layer: Attention, q: Tensor, turned: Tensor, real: Tensor, sinks: int) -> QueryMoments:
     moments = QueryMoments(sinks=sinks)
-    rotate = layer.rope.rotate
-    moments.update(q, positions=turned, rotate=lambda x, p: rotate(x.transpose(1, 2), p).transpose(1, 2), real=real)
+    moments.update(q, positions=turned, inv_freq=layer.rope.inv_freq, interleaved=bool(layer.rope.interleaved), real=real)
     return moments
 
 

@@ -7,23 +7,20 @@ import torch
 from torch import Tensor
 
 from attnkit import errors
+from attnkit.inference import RopeSpec
 from attnkit.kv import QueryMoments, moments
-from attnkit.modules.rotary import RotaryEmbedding, rotate
+from attnkit.ops.query_moments import tokens
 
 
 def _queries(*shape: int) -> Tensor:
     return torch.randn(*shape) @ torch.diag(torch.linspace(0.2, 3, shape[-1])) + 5
 
 
-def _turn(x: Tensor, positions: Tensor) -> Tensor:
-    cos, sin = RotaryEmbedding(x.shape[-1])(positions.expand(x.shape[0], -1))  # [B, n, 1, D / 2]
-    return rotate(x.transpose(1, 2), cos, sin).transpose(1, 2)
-
-
 @pytest.mark.parametrize("parts", [(30,), (1, 2, 5, 22), (29, 1), (3, 0, 27)])
 def test_parts_are_the_whole(parts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows, of which one is padded by 7 on the left: against torch's own mean and covariance of what is left."""
-    monkeypatch.setattr(moments, "CHUNK", 11)
+    monkeypatch.setattr(tokens, "CHUNK", 11)
+    monkeypatch.setattr(moments, "SAMPLE", 5)
     queries = _queries(2, 3, 30, 8)
     real = torch.ones(2, 30, dtype=torch.bool)
     real[0, :7] = False
@@ -43,18 +40,38 @@ def test_parts_are_the_whole(parts: tuple[int, ...], monkeypatch: pytest.MonkeyP
                 torch.testing.assert_close(found, torch.cov(kept.T, correction=correction), rtol=1e-5, atol=1e-5)
 
 
-def test_rotation_is_taken_back() -> None:
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turning", [8, 4])
+def test_rotation_is_taken_back(turning: int, interleaved: bool) -> None:
+    rope = RopeSpec(
+        inv_freq=10_000.0 ** -(torch.arange(turning // 2) / (turning // 2)), attention_factor=1.0, interleaved=interleaved,
+        rope_type="default", theta=10_000.0, max_positions=100, model_type="llama",
+    )  # fmt: skip
     queries, positions = _queries(2, 3, 20, 8), torch.arange(100, 120)
     plain, turned = QueryMoments(), QueryMoments()
     plain.update(queries)
+    rotated = rope.rotate(queries.transpose(1, 2), positions).transpose(1, 2)
     for part in (slice(0, 9), slice(9, 20)):
-        own = _turn(queries[:, :, part], positions[part])
-        turned.update(own, positions=positions[part], rotate=_turn)
+        how: dict[str, Any] = {"inv_freq": rope.inv_freq, "interleaved": interleaved}
+        turned.update(rotated[:, :, part], positions=positions[part], **how)
     torch.testing.assert_close(turned.mean, plain.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(turned.covariance(), plain.covariance(), rtol=1e-4, atol=1e-4)
     wrong = QueryMoments()
-    wrong.update(_turn(queries, positions))
+    wrong.update(rotated)
     assert (wrong.mean - plain.mean).abs().max() > 1
+
+
+def test_queries_far_from_zero_lose_nothing() -> None:
+    """A mean 1000 times what queries differ from it by; the first tokens of a row are padding."""
+    queries = torch.randn(2, 2, 700, 8) + 1000
+    real = torch.ones(2, 700, dtype=torch.bool)
+    real[0, :600] = False
+    running = QueryMoments(sinks=0)
+    running.update(queries, real=real)
+    for row, first in enumerate((600, 0)):
+        for head in range(2):
+            wanted = torch.cov(queries[row, head, first:].double().T, correction=0)
+            assert (running.covariance()[row, head] - wanted).abs().max() < 1e-4
 
 
 def test_merging_two() -> None:

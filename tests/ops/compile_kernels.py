@@ -15,6 +15,7 @@ from attnkit.ops._chunkwise_core._triton import gates, gradients, outputs, state
 from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
 from attnkit.ops.expected_attention._triton import kernels as expected
+from attnkit.ops.query_moments._triton.kernels import gather
 from attnkit.ops.ragged_decode._triton import kernels as ragged
 
 # what a pointer of this name points to; "input" stands for the type of q
@@ -131,6 +132,17 @@ EXPECTED_FLAGS: dict[str, Any] = {
     "LINEAR": True, "SQUARE": True, "SPLIT": True, "SCORED": True, "PRECISION": "ieee", "NORM": "l2", "GROUP": 4, "BLOCK_N": 64,
     "BLOCK_D": 64, "BLOCK_C": 64, "BLOCK_P": 256,
 }  # fmt: skip
+GATHERS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # the type of queries, what differs, absent pointers
+    ("bf16", {}, ("taken",)),
+    ("fp16", {"WIDTH": 80, "TURNS": 16, "INTERLEAVED": True}, ()),
+    ("bf16", {"TURNS": 0, "SHIFTED": False, "SPLIT": False}, ("cos", "sin", "shift")),
+    ("bf16", {"WIDTH": 256, "TURNS": 128}, ()),
+    ("fp32", {"SPLIT": False, "BLOCK_N": 16, "BLOCK_P": 32}, ()),
+)
+GATHER: dict[str, Any] = {
+    "INTERLEAVED": False, "SHIFTED": True, "SPLIT": True, "PRECISION": "ieee", "WIDTH": 128, "TURNS": 64, "PART": 2048,
+    "BLOCK_N": 64, "BLOCK_P": 64,
+}  # fmt: skip
 RAGGED_POINTERS = {
     **dict.fromkeys(("table", "lengths", "tail_lengths"), "i32"),
     **dict.fromkeys(("key_scale", "key_zero", "value_scale", "value_zero"), "fp16"),
@@ -207,6 +219,19 @@ def _compile_expected(kernel: Any, dtype: str, changes: dict[str, Any], absent: 
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def _compile_gather(dtype: str, changes: dict[str, Any], absent: tuple[str, ...], capability: int) -> None:
+    flags, signature, constants = GATHER | changes, {}, {}
+    numbers = gather.arg_names[gather.arg_names.index("num_tokens") :]
+    for name in gather.arg_names:
+        if name in flags or name in absent:
+            signature[name], constants[name] = "constexpr", flags.get(name)
+        elif name in numbers:
+            signature[name] = "i32"
+        else:
+            signature[name] = "*" + {"q": dtype, "taken": "u8"}.get(name, "fp32")
+    triton.compile(ASTSource(gather, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+
+
 def _compile_ragged(kernel: Any, dtype: str, flags: dict[str, Any], absent: tuple[str, ...], capability: int) -> None:
     signature, constants = {}, {}
     pool = "u8" if flags.get("CODE", "raw") != "raw" else dtype
@@ -247,6 +272,9 @@ if __name__ == "__main__":
             for variant in EXPECTED:
                 _compile_expected(kernel, *variant, capability)
                 count += 1
+        for variant in GATHERS:
+            _compile_gather(*variant, capability)
+            count += 1
         for variant in RAGGED_VARIANTS:
             _compile_ragged(ragged.decode, *variant, capability)
             count += 1

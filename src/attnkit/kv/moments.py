@@ -5,12 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from attnkit._core.checks import FLOATS, check_dtype, dims
+from attnkit import ops
+from attnkit._core.checks import dims
 from attnkit._core.errors import InputError, OptionError, ShapeError
 
 __all__ = ["QueryMoments"]
 
-CHUNK = 4096  # queries of a row that are widened at once
+SAMPLE = 256  # tokens whose mean is near enough to that of all: products of what is left lose nothing
 
 
 class QueryMoments:
@@ -35,29 +36,27 @@ class QueryMoments:
         self.seen: Tensor | None = None
         self.count = self.mean = self.spread = torch.empty(0)
 
+    @torch.no_grad()
     def update(
         self,
         queries: Tensor,
         *,
         positions: Tensor | None = None,
-        rotate: Callable[[Tensor, Tensor], Tensor] | None = None,
+        inv_freq: Tensor | None = None,
+        interleaved: bool = False,
         real: Tensor | None = None,
     ) -> None:
         """Take in the queries of the next n tokens; in parts or at once, the moments are the same up to rounding.
 
         Args:
             queries: [B, H, n, D].
-            positions: [B, n] or [n] ints, where they were rotated; goes with `rotate`.
-            rotate: (x [B, H, n, D], positions) -> x turned by those positions, as the model does it but for any factor on cos
-                and sin; called with -positions, which takes the rotation back. None where queries were not rotated.
+            positions, inv_freq, interleaved: [B, n] or [n] ints, where they were rotated to, and how, as of
+                `attnkit.ops.query_moments`; any factor on cos and sin stays in the moments.
             real: [B, n] bool, False for padding; None means all tokens are real.
         Raises:
             ShapeError, DTypeError, InputError: an argument is wrong, or B, H or D differ from those before.
         """
-        check_dtype("queries", queries, *FLOATS)
         sizes = dims(queries=(queries, "B H n D"), **({} if real is None else {"real": (real, "B n")}))
-        if (positions is None) != (rotate is None):
-            raise InputError("positions and rotate go together: the one says how far, the other how to turn back")
         batch, heads, tokens, width = (sizes[letter] for letter in ("B", "H", "n", "D"))
         if self.seen is None:
             self.seen = torch.zeros(batch, dtype=torch.long, device=queries.device)
@@ -66,27 +65,33 @@ class QueryMoments:
             self.spread = queries.new_zeros(batch, heads, width, width, dtype=torch.float32)
         if self.mean.shape != (batch, heads, width):
             raise ShapeError(f"queries are of [B, H, D] = {(batch, heads, width)}, those before of {tuple(self.mean.shape)}")
-        if real is None:
-            real = torch.ones(batch, tokens, dtype=torch.bool, device=queries.device)
-        check_dtype("real", real, torch.bool)
-        for start in range(0, tokens, CHUNK):
-            part = slice(start, start + CHUNK)
-            own = queries[:, :, part].float()
-            if rotate is not None and positions is not None:
-                own = rotate(own, -positions[..., part])
-            self._take(own, real[:, part])
-
-    def _take(self, queries: Tensor, real: Tensor) -> None:
-        assert self.seen is not None
-        index = self.seen[:, None] + real.cumsum(1)  # of each real token in its row, from 1
-        taken = (real & (index > self.sinks)).float()
-        self.seen = index[:, -1]
-        count = taken.sum(1)
-        weight = taken[:, None, :, None]
-        queries = torch.where(weight > 0, queries, 0)  # padding may hold anything
-        mean = queries.sum(2) / count.clamp(min=1)[:, None, None]
-        centred = (queries - mean[:, :, None]) * weight
-        self._merge(count, mean, centred.mT @ centred)
+        q = queries.transpose(1, 2)
+        if inv_freq is not None:
+            inv_freq = inv_freq.to(q.device)
+        step = max(1, -(-tokens // SAMPLE))
+        sampled = slice(step - 1, None, step)
+        some, level, _ = ops.query_moments(
+            q[:, sampled],
+            inv_freq=inv_freq,
+            positions=None if positions is None else positions[..., sampled],
+            interleaved=interleaved,
+            real=None if real is None else real[:, sampled],
+        )
+        shift = level / some.clamp(min=1)[:, None, None]
+        count, sums, products = ops.query_moments(
+            q,
+            inv_freq=inv_freq,
+            positions=positions,
+            interleaved=interleaved,
+            real=real,
+            skip=(self.sinks - self.seen).clamp(min=0),
+            shift=shift,
+        )
+        self.seen = self.seen + (tokens if real is None else real.sum(1))
+        apart = sums / count.clamp(min=1)[:, None, None]
+        spread = products - count[:, None, None, None] * apart[..., :, None] * apart[..., None, :]
+        mean = (shift + apart) * (count > 0)[:, None, None]
+        self._merge(count.float(), mean.float(), spread.float())
 
     def _merge(self, count: Tensor, mean: Tensor, spread: Tensor) -> None:
         total = self.count + count

@@ -74,15 +74,13 @@ class Notes:
         if self.moments is None:
             self.moments = QueryMoments(sinks=int(getattr(press.scorer, "sinks", 4)))
         real = None if call.padding is None else call.padding.mask[:, call.first : call.seen].bool()
-        places = _turned(call).expand(call.q.shape[0], -1)
-        self.moments.update(call.q.transpose(1, 2), positions=places, rotate=_rotation(call), real=real)
+        self.moments.update(call.q.transpose(1, 2), real=real, **_rotation(call, _turned(call)))
 
     def _recent_moments(self, call: LayerCall) -> QueryMoments:
         assert self.queries is not None
         assert self.turned is not None
         moments = QueryMoments(sinks=0)
-        places = self.turned.expand(self.queries.shape[0], -1)
-        moments.update(self.queries, positions=places, rotate=_rotation(call), real=self.real)
+        moments.update(self.queries, real=self.real, **_rotation(call, self.turned))
         return moments
 
     def _buffer(self, call: LayerCall, limit: int) -> None:
@@ -179,9 +177,10 @@ def _turned(call: LayerCall) -> Tensor:
     return counted if call.turned is None else call.turned
 
 
-def _rotation(call: LayerCall) -> Callable[[Tensor, Tensor], Tensor] | None:
-    rope = call.rope
-    return lambda x, places: rope.rotate(x.transpose(1, 2), places).transpose(1, 2)
+def _rotation(call: LayerCall, turned: Tensor) -> dict[str, Any]:
+    """How queries were rotated to `turned` [B or 1, n], in the words of `QueryMoments.update`."""
+    places = turned[0] if turned.shape[0] == 1 else turned  # one row of angles serves all
+    return {"positions": places, "inv_freq": call.rope.inv_freq, "interleaved": bool(call.rope.interleaved)}
 
 
 def _newest(old: Tensor | None, new: Tensor, limit: int, dim: int) -> Tensor:

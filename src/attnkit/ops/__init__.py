@@ -21,6 +21,7 @@ from attnkit.ops.indexed.call import IndexedCall
 from attnkit.ops.indexed.occupancy import Occupancy, measure
 from attnkit.ops.merge import merge_partials
 from attnkit.ops.mlstm.api import mlstm, mlstm_parallel, mlstm_recurrent, mlstm_step
+from attnkit.ops.query_moments.api import query_moments
 from attnkit.ops.ragged_decode.api import ragged_decode_attention
 from attnkit.ops.ragged_decode.pages import KVPages
 from attnkit.ops.scalar_decay.api import lightning_attention, lightning_slopes, scalar_decay_attention, scalar_decay_step
@@ -53,6 +54,7 @@ __all__ = [
     "mlstm_step",
     "occupancy",
     "qk_sparse_attention",
+    "query_moments",
     "query_sparse_attention",
     "ragged_decode_attention",
     "scalar_decay_attention",
@@ -70,6 +72,7 @@ _SPECS = {
     "expected_attention.spec": ("expected_attention_scores",),
     "mlstm.spec": ("mlstm",),
     "mlstm.step_spec": ("mlstm_step",),
+    "query_moments.spec": ("query_moments",),
     "ragged_decode.spec": ("ragged_decode_attention",),
     "scalar_decay.spec": ("scalar_decay_attention", "lightning_attention", "scalar_decay_step"),
 }

@@ -1,0 +1,1 @@
+"""Kernels of query moments; loading this loads Triton."""
