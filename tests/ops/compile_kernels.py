@@ -135,13 +135,13 @@ EXPECTED_FLAGS: dict[str, Any] = {
 GATHERS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # the type of queries, what differs, absent pointers
     ("bf16", {}, ("taken",)),
     ("fp16", {"WIDTH": 80, "TURNS": 16, "INTERLEAVED": True}, ()),
-    ("bf16", {"TURNS": 0, "SHIFTED": False, "SPLIT": False}, ("cos", "sin", "shift")),
+    ("bf16", {"TURNS": 0, "SPLIT": False}, ("cos", "sin", "shift")),
     ("bf16", {"WIDTH": 256, "TURNS": 128}, ()),
-    ("fp32", {"SPLIT": False, "BLOCK_N": 16, "BLOCK_P": 32}, ()),
+    ("fp32", {"SPLIT": False, "BLOCK_N": 16, "BLOCK_D": 64}, ()),
 )
 GATHER: dict[str, Any] = {
-    "INTERLEAVED": False, "SHIFTED": True, "SPLIT": True, "PRECISION": "ieee", "WIDTH": 128, "TURNS": 64, "PART": 2048,
-    "BLOCK_N": 64, "BLOCK_P": 64,
+    "INTERLEAVED": False, "SPLIT": True, "PRECISION": "ieee", "WIDTH": 128, "TURNS": 64, "PART": 2048,
+    "BLOCK_N": 64, "BLOCK_D": 128,
 }  # fmt: skip
 RAGGED_POINTERS = {
     **dict.fromkeys(("table", "lengths", "tail_lengths"), "i32"),

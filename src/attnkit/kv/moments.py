@@ -58,13 +58,9 @@ class QueryMoments:
         """
         sizes = dims(queries=(queries, "B H n D"), **({} if real is None else {"real": (real, "B n")}))
         batch, heads, tokens, width = (sizes[letter] for letter in ("B", "H", "n", "D"))
-        if self.seen is None:
-            self.seen = torch.zeros(batch, dtype=torch.long, device=queries.device)
-            self.count = queries.new_zeros(batch, dtype=torch.float32)
-            self.mean = queries.new_zeros(batch, heads, width, dtype=torch.float32)
-            self.spread = queries.new_zeros(batch, heads, width, width, dtype=torch.float32)
-        if self.mean.shape != (batch, heads, width):
+        if self.seen is not None and self.mean.shape != (batch, heads, width):
             raise ShapeError(f"queries are of [B, H, D] = {(batch, heads, width)}, those before of {tuple(self.mean.shape)}")
+        seen = torch.zeros(batch, dtype=torch.long, device=queries.device) if self.seen is None else self.seen
         q = queries.transpose(1, 2)
         if inv_freq is not None:
             inv_freq = inv_freq.to(q.device)
@@ -84,14 +80,18 @@ class QueryMoments:
             positions=positions,
             interleaved=interleaved,
             real=real,
-            skip=(self.sinks - self.seen).clamp(min=0),
+            skip=(self.sinks - seen).clamp(min=0),
             shift=shift,
         )
-        self.seen = self.seen + (tokens if real is None else real.sum(1))
         apart = sums / count.clamp(min=1)[:, None, None]
-        spread = products - count[:, None, None, None] * apart[..., :, None] * apart[..., None, :]
-        mean = (shift + apart) * (count > 0)[:, None, None]
-        self._merge(count.float(), mean.float(), spread.float())
+        mean = torch.where(count[:, None, None] > 0, shift + apart, 0)
+        spread = torch.addcmul(products, sums[..., :, None], apart[..., None, :], value=-1)
+        spread = torch.where(count[:, None, None, None] > 1, spread, 0)  # one alone leaves its rounding
+        if self.seen is None:
+            self.count, self.mean, self.spread = count.float(), mean.float(), spread.float()
+        else:
+            self._merge(count.float(), mean.float(), spread.float())
+        self.seen = seen + (tokens if real is None else real.sum(1))
 
     def _merge(self, count: Tensor, mean: Tensor, spread: Tensor) -> None:
         total = self.count + count

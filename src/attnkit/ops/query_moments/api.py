@@ -26,7 +26,7 @@ def query_moments(
 
     Args:
         q: [B, T, H, D], after rotation.
-        inv_freq: [R / 2] radians a position, R <= D even: the first R channels were turned, the rest was not. None turns nothing.
+        inv_freq: [R / 2] radians a position, R <= D even: the first R channels were turned, the rest was not. None: none was.
         positions: [T] or [B, T] integers, where queries were rotated to; goes with `inv_freq`.
         interleaved: channel 2i turned with 2i + 1; otherwise i with i + R / 2.
         real: [B, T] bool, False for padding, which may hold anything; None means all tokens are real.
@@ -48,8 +48,6 @@ def query_moments(
     >>> count.tolist(), sums.tolist(), products.tolist()
     ([2.0], [[[4.0, 2.0]]], [[[[10.0, 2.0], [2.0, 4.0]]]])
     """
-    call = prepare(
-        q, inv_freq=inv_freq, positions=positions, interleaved=interleaved, real=real, skip=skip, shift=shift
-    )
+    call = prepare(q, inv_freq=inv_freq, positions=positions, interleaved=interleaved, real=real, skip=skip, shift=shift)
     moments: tuple[Tensor, Tensor, Tensor] = choose("query_moments", BACKENDS, backend, call).run(call)
     return moments

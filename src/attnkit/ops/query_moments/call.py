@@ -58,7 +58,7 @@ def prepare(
         raise InputError("positions and inv_freq go together: the one says how far, the other how fast queries were turned")
     if inv_freq is not None and (inv_freq.dim() != 1 or 2 * len(inv_freq) > width):
         raise ShapeError(
-            f"inv_freq has shape {tuple(inv_freq.shape)}; expected one number for each of at most {width // 2} pairs of channels"
+            f"inv_freq has shape {tuple(inv_freq.shape)}; expected one number for each of at most {width // 2} pairs"
         )
     check_dtype("q", q, *FLOATS)
     if inv_freq is not None:

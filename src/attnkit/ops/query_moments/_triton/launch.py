@@ -10,11 +10,11 @@ from attnkit.ops.query_moments.tokens import counted, turns
 
 __all__ = ["moments"]
 
-# tokens of a tile, pairs of a block, warps, stages, for widths 16, 32, 64, 128 and 256; in 32 bits nothing is multiplied by matrix
-# units, and large blocks would not fit into registers
-_TILES = by_width("gather", 16, (128, 16, 4, 2), (128, 16, 4, 2), (64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)) | by_width(
-    "gather", 32, (32, 16, 4, 2), (32, 16, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2), (16, 32, 4, 2)
+# tokens of a tile, channels of a block, warps, stages, for widths 16, 32, 64, 128, 256; without matrix units blocks are small
+_TILES = by_width("gather", 16, (128, 16, 4, 2), (128, 32, 4, 2), (64, 64, 4, 3), (64, 128, 8, 2), (64, 128, 8, 2)) | by_width(
+    "gather", 32, (32, 16, 4, 2), (32, 32, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2), (16, 64, 4, 2)
 )
+_TILE = max(config.block_m for config in _TILES.values())
 _PART = 2048  # tokens of a program: whatever the batch, so that a row gives the same alone
 
 
@@ -28,7 +28,8 @@ def moments(
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """count [B], sums [B, H, D] and products [B, H, D, D] in float32; parts of a row are added up in their order."""
-    q = q if q.stride(3) == 1 else q.contiguous()
+    near = q.stride(1) < 2**31 // _TILE  # offsets within a tile are 32 bits wide
+    q = q if q.stride(3) == 1 and near else q.contiguous()
     batch, tokens, heads, width = q.shape
     count, taken = counted(q, real, skip)
     parts = -(-tokens // _PART)
@@ -46,17 +47,16 @@ def moments(
         )  # fmt: skip
         flags = {
             "INTERLEAVED": interleaved and cos is not None,
-            "SHIFTED": shift is not None,
             "SPLIT": q.element_size() == 2 and (cos is not None or shift is not None),
             "PRECISION": precision(),
             "WIDTH": width,
             "TURNS": 0 if cos is None else cos.shape[2],
             "PART": _PART,
             "BLOCK_N": config.block_m,
-            "BLOCK_P": config.block_n,
+            "BLOCK_D": config.block_n,
         }
-        blocks = -(-((width + 1) // 2) // config.block_n)
+        blocks = -(-width // config.block_n)
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
         launch(kernels.gather, (batch * heads, parts, blocks**2), arguments, flags, **options)
     whole = products.sum(0)
-    return count, sums.sum(0), (whole + whole.mT) / 2
+    return count, sums.sum(0), whole + whole.mT
