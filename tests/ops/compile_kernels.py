@@ -140,8 +140,7 @@ GATHERS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (  # the type
     ("fp32", {"SPLIT": False, "BLOCK_N": 16, "BLOCK_D": 64}, ()),
 )
 GATHER: dict[str, Any] = {
-    "INTERLEAVED": False, "SPLIT": True, "PRECISION": "ieee", "WIDTH": 128, "TURNS": 64, "PART": 2048,
-    "BLOCK_N": 64, "BLOCK_D": 128,
+    "INTERLEAVED": False, "SPLIT": True, "PRECISION": "ieee", "WIDTH": 128, "TURNS": 64, "BLOCK_N": 64, "BLOCK_D": 128,
 }  # fmt: skip
 RAGGED_POINTERS = {
     **dict.fromkeys(("table", "lengths", "tail_lengths"), "i32"),

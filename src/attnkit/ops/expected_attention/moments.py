@@ -45,21 +45,23 @@ def future_query_moments(
     if inv_freq is None:
         return mean, cov
     order = _pairs(mean.shape[-1], 2 * len(inv_freq), interleaved, mean.device)
-    turn, apart, together = _multipliers(inv_freq, mean, start, horizon, rope, attention_factor)
-    first, second = mean[..., order].chunk(2, dim=-1)
-    mean_turned = torch.complex(first, second) * turn
+    turn, sums = _multipliers(inv_freq, mean, start, horizon, attention_factor, pairs=cov is not None and rope == "moment")
+    z = torch.complex(*mean[..., order].chunk(2, dim=-1))
+    mean_turned = z * turn.to(z.dtype)
     back = order.argsort()
     mean_out = torch.cat([mean_turned.real, mean_turned.imag], -1)[..., back]
     if cov is None:
         return mean_out, None
-    total = _turned(cov[..., order, :][..., order], apart, together)
-    if rope == "moment":
+    flat = torch.stack([turn[..., :, None] * turn[..., None, :].conj(), turn[..., :, None] * turn[..., None, :]])
+    own, mirrored = _pair_products(cov[..., order, :][..., order])
+    used = flat if sums is None else sums
+    own, mirrored = own * used[0].to(z.dtype), mirrored * used[1].to(z.dtype)
+    if sums is not None:
         # E[R_t m m^T R_t^T] - E[R_t] m m^T E[R_t]^T with the difference taken of multipliers, which are float64
-        z = torch.complex(first, second)
-        apart_mean, together_mean = _multipliers(inv_freq, mean, start, horizon, "mean", attention_factor)[1:]
-        own = z[..., :, None] * z[..., None, :].conj() * (apart - apart_mean).to(z.dtype)
-        mirrored = z[..., :, None] * z[..., None, :] * (together - together_mean).to(z.dtype)
-        total = total + _blocks(own, mirrored)
+        apart, together = (sums - flat).to(z.dtype)
+        own = own + z[..., :, None] * z[..., None, :].conj() * apart
+        mirrored = mirrored + z[..., :, None] * z[..., None, :] * together
+    total = _blocks(own, mirrored)
     return mean_out, total[..., back, :][..., back]
 
 
@@ -91,40 +93,38 @@ def _pairs(width: int, turning: int, interleaved: bool, device: torch.device) ->
 
 
 def _multipliers(
-    inv_freq: Tensor, mean: Tensor, start: int | Tensor, horizon: int, rope: str, attention_factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Averages of exp(i t w_a), exp(i t (w_a - w_b)) and exp(i t (w_a + w_b)), broadcast against `mean` and `cov`."""
+    inv_freq: Tensor, mean: Tensor, start: int | Tensor, horizon: int, attention_factor: float, *, pairs: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Averages of exp(i t w_a), broadcast against `mean`; with `pairs` of exp(i t (w_a - w_b)) and exp(i t (w_a + w_b)), [2, ...].
+
+    All angles go through one pass: on a GPU tables of this size cost their launches.
+    """
     half = mean.shape[-1] // 2
     freq = torch.zeros(half, dtype=torch.float64, device=mean.device)
     freq[: len(inv_freq)] = inv_freq
     size = torch.ones_like(freq)
     size[: len(inv_freq)] = attention_factor
+    angle = freq[None]
+    if pairs:
+        angle = torch.cat([angle, freq[:, None] - freq, freq[:, None] + freq])  # [1 + 2 D / 2, D / 2]
     middle = start + (horizon - 1) / 2
     if isinstance(middle, Tensor):
-        middle = middle.to(mean.device, torch.float64).view(-1, *(1,) * (mean.dim() - 1))
-
-    def average(angle: Tensor, middle: float | Tensor) -> Tensor:
-        small = torch.sin(angle / 2)
-        level = small.abs() < 1e-12
-        length = torch.sin(horizon * angle / 2) / (horizon * small).masked_fill(level, 1)
-        return torch.polar(length.masked_fill(level, 1), angle * middle)
-
-    turn = average(freq, middle) * size
-    kind = torch.complex64 if mean.dtype == torch.float32 else torch.complex128
-    if rope == "mean":
-        return turn.to(kind), turn[..., :, None] * turn[..., None, :].conj(), turn[..., :, None] * turn[..., None, :]
-    if isinstance(middle, Tensor):
-        middle = middle[..., None]
-    both = size[:, None] * size
-    return turn.to(kind), average(freq[:, None] - freq, middle) * both, average(freq[:, None] + freq, middle) * both
+        middle = middle.to(mean.device, torch.float64).view(-1, *(1,) * mean.dim())
+    small = torch.sin(angle / 2)
+    level = small.abs() < 1e-12
+    length = torch.sin(horizon * angle / 2) / (horizon * small).masked_fill(level, 1)
+    average = torch.polar(length.masked_fill(level, 1).expand((angle * middle).shape), angle * middle)
+    turn = average[..., 0, :] * size
+    if not pairs:
+        return turn, None
+    return turn, average[..., 1:, :].unflatten(-2, (2, half)).movedim(-3, 0) * (size[:, None] * size)
 
 
-def _turned(cov: Tensor, apart: Tensor, together: Tensor) -> Tensor:
-    """A symmetric matrix over [first, second] channels as z z^H and z z^T of z = first + i second, each multiplied."""
+def _pair_products(cov: Tensor) -> tuple[Tensor, Tensor]:
+    """A symmetric matrix over [first, second] channels as z z^H and z z^T of z = first + i second."""
     half = cov.shape[-1] // 2
     xx, xy, yx, yy = cov[..., :half, :half], cov[..., :half, half:], cov[..., half:, :half], cov[..., half:, half:]
-    own = torch.complex(xx + yy, yx - xy)
-    return _blocks(own * apart.to(own.dtype), torch.complex(xx - yy, yx + xy) * together.to(own.dtype))
+    return torch.complex(xx + yy, yx - xy), torch.complex(xx - yy, yx + xy)
 
 
 def _blocks(own: Tensor, mirrored: Tensor) -> Tensor:

@@ -54,14 +54,14 @@ def turned_back(
 @triton.jit
 def gather(
     q, cos, sin, taken, shift, sums, products,
-    num_tokens, heads, stride_qb, stride_qt, stride_qh, stride_ab,
+    num_tokens, heads, length, stride_qb, stride_qt, stride_qh, stride_ab,
     INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    WIDTH: tl.constexpr, TURNS: tl.constexpr, PART: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr, TURNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Sums [parts, B, H, D] and products [parts, B, H, D, D] of PART tokens of a head, for two blocks of BLOCK_D channels.
+    """Sums [parts, B, H, D] and products [parts, B, H, D, D] of `length` tokens of a head, for two blocks of BLOCK_D channels.
 
-    What is stored is P with products = P + P^T. With SPLIT each x is the sum of two of 16 bits, a + r, that keep 17 of its bits,
-    and P = a^T (a / 2 + r) leaves out r^T r, 2^-18 of the whole; otherwise x is of 16 bits already, or of 32.
+    What is stored is P with products = P + P^T. With SPLIT each x is the sum of two of 16 bits, a + r, that keep 17 bits of it:
+    P = a^T (a / 2 + r) leaves out r^T r, 2^-18 of the whole; otherwise x is of 16 bits already, or of 32.
     """
     BLOCKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     row = tl.program_id(0).to(tl.int64)  # batch and head
@@ -78,7 +78,7 @@ def gather(
         level_r = tl.load(shift + row * WIDTH + o_r, mask=o_r < WIDTH, other=0.0)
     total = tl.zeros([BLOCK_D], tl.float32)
     product = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
-    for start in range(part * PART, tl.minimum(part * PART + PART, num_tokens), BLOCK_N):
+    for start in range(part * length, tl.minimum(part * length + length, num_tokens), BLOCK_N):
         o_n = start + tl.arange(0, BLOCK_N)
         inside = o_n < num_tokens
         kept = inside

@@ -43,7 +43,7 @@ def moments(
         each = 0 if cos is None or cos.shape[0] == 1 else cos.stride(0)  # whether rows of the batch have positions of their own
         arguments = (
             q, cos, sin, None if taken is None else taken.contiguous().view(torch.uint8),
-            None if shift is None else shift.contiguous(), sums, products, tokens, heads, *q.stride()[:3], each,
+            None if shift is None else shift.contiguous(), sums, products, tokens, heads, _PART, *q.stride()[:3], each,
         )  # fmt: skip
         flags = {
             "INTERLEAVED": interleaved and cos is not None,
@@ -51,7 +51,6 @@ def moments(
             "PRECISION": precision(),
             "WIDTH": width,
             "TURNS": 0 if cos is None else cos.shape[2],
-            "PART": _PART,
             "BLOCK_N": config.block_m,
             "BLOCK_D": config.block_n,
         }
