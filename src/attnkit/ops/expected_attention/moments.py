@@ -95,7 +95,7 @@ def _pairs(width: int, turning: int, interleaved: bool, device: torch.device) ->
 def _multipliers(
     inv_freq: Tensor, mean: Tensor, start: int | Tensor, horizon: int, attention_factor: float, *, pairs: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Averages of exp(i t w_a), broadcast against `mean`; with `pairs` of exp(i t (w_a - w_b)) and exp(i t (w_a + w_b)), [2, ...].
+    """Averages of exp(i t w_a), broadcast against `mean`; with `pairs` those of exp(i t (w_a -+ w_b)), [2, ...], against `cov`.
 
     All angles go through one pass: on a GPU tables of this size cost their launches.
     """
