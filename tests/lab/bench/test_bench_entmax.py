@@ -222,6 +222,6 @@ def test_other_values_are_refused(op: str, options: dict[str, Any], message: str
 def test_who_runs_on_a_gpu_by_default() -> None:
     cuda = torch.device("cuda")
     assert [peer.name for peer in contestants(ATTENTION, None, cuda)] == [
-        "adasplash", "matrices", "blockwise", "sdpa-flash", "cudnn", "fa4",
+        "adasplash", "matrices", "blockwise", "dense", "sdpa-flash", "cudnn", "fa4",
     ]  # fmt: skip
     assert [peer.name for peer in contestants(ROWS, None, cuda)] == ["adasplash", "entmax-sort", "entmax-bisect", "softmax"]

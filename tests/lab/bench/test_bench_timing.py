@@ -63,7 +63,7 @@ def test_everybody_follows_everybody_and_the_first_round_does_not_count(monkeypa
         return float(len(order))
 
     monkeypatch.setattr(Entrant, "measure", measure)
-    entrants = [Entrant(name, CPU, lambda: None, 1, 1, None) for name in "abc"]
+    entrants = [Entrant(name, CPU, lambda: None, 1, 1, None, Calls(len, [])) for name in "abc"]
     interleave(entrants, rounds=3)
     assert "".join(order) == "acbbcabaccab"
     assert entrants[0].times == [6.0, 8.0, 11.0]

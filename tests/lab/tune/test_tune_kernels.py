@@ -29,13 +29,13 @@ def test_candidates_are_few_and_not_sure_to_fail(key: tuple[str, int, int]) -> N
         fewer = ATTENTION.candidates(*key, shared)
         assert set(fewer) <= set(found)
         for config in fewer:  # one step at least, and what stays
-            stays, walked = (config.block_n, config.block_m) if kernel == "bwd_dkdv" else (config.block_m, config.block_n)
-            kept = 2 if kernel.startswith("bwd") else 1
+            stays, walked = (config.block_n, config.block_m) if kernel.endswith("dkdv") else (config.block_m, config.block_n)
+            kept = 1 if kernel in ("fwd", "decode") else 2
             assert bits // 8 * width * (kept * stays + 2 * walked * max(config.num_stages - 1, 1)) <= shared
     for config in found:
-        stays, walked = (config.block_n, config.block_m) if kernel == "bwd_dkdv" else (config.block_m, config.block_n)
-        sums = {"fwd": width + walked, "decode": width + walked, "bwd_dq": width + 2 * walked, "bwd_dkdv": 2 * (width + walked)}
-        assert stays * sums[kernel] // (32 * config.num_warps) <= 255
+        stays, walked = (config.block_n, config.block_m) if kernel.endswith("dkdv") else (config.block_m, config.block_n)
+        sums = {"dq": width + 2 * walked, "dkdv": 2 * (width + walked)}
+        assert stays * sums.get(kernel.split("_")[-1], width + walked) // (32 * config.num_warps) <= 255
         assert 16 <= walked <= 128
         assert stays == 16 if kernel == "decode" else stays <= 256
 
@@ -79,7 +79,8 @@ def test_a_probe_runs_its_kernel_alone_with_the_configuration_given(kernel: str,
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), name, seen))
     config, other = Config(16, 16, 2, 3), Config(32, 16, 4, 1)
     outputs = probe.run(config)
-    expected = ("fwd" if kernel == "decode" else kernel, 16, 16, 2, 3)
+    stages = 5 if kernel == "gather_dq" else 3  # indices come as long before their rows as these before their use
+    expected = ("fwd" if kernel == "decode" else kernel.replace("gather", "bwd"), 16, 16, 2, stages)
     assert seen == ([expected, "combine"] if kernel == "decode" else [expected])
     assert len(outputs) == len(probe.outputs)
     assert (probe.upstream is None) == (kernel in ("fwd", "decode"))
@@ -94,7 +95,7 @@ def test_a_probe_runs_its_kernel_alone_with_the_configuration_given(kernel: str,
 
 
 def test_unknown_kernels_are_named() -> None:
-    with pytest.raises(OptionError, match="unknown kernel 'bwd'; choose one of fwd, decode, bwd_dq, bwd_dkdv"):
+    with pytest.raises(OptionError, match="unknown kernel 'bwd'; choose one of fwd, decode, bwd_dq, bwd_dkdv, gather"):
         ATTENTION.probe("bwd", torch.float32, 16, CPU)
 
 

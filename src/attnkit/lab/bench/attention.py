@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attnkit import ops
 from attnkit._core.registry import Registry
 from attnkit.lab.bench.race import MEMORY_BOUND, Operator, Peer, Race, Shape, Sizes
 
@@ -142,13 +143,19 @@ for _peer in (
 
 def dense_baselines() -> list[Peer]:
     """Dense causal attention with softmax, for races of operators that leave some of it out: what they must be faster than."""
-    names = ("sdpa", "sdpa-flash", "cudnn", "fa4")
+    theirs = (PEERS[name] for name in ("sdpa", "sdpa-flash", "cudnn", "fa4"))
+    summary = "dense causal softmax attention"
     return [
-        dataclasses.replace(
-            PEERS[name], summary=f"dense causal softmax attention, {PEERS[name].summary}", make=_plain(name), same_result=False
-        )
-        for name in names
+        Peer("dense", f"{summary}, our own kernel", lambda shape: _ours, same_result=False),
+        *(
+            dataclasses.replace(peer, summary=f"{summary}, {peer.summary}", make=_plain(peer.name), same_result=False)
+            for peer in theirs
+        ),
     ]
+
+
+def _ours(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    return ops.attention(q, k, v, causal=True)
 
 
 def _plain(name: str) -> Callable[[Shape], Operator]:

@@ -84,6 +84,7 @@ class Entrant:
         run: one lot of `lot` calls.
         repeats: lots in one measurement.
         peak_mib: largest memory of one call beyond what was there before.
+        calls: what `run` runs; a captured graph reads tensors that nobody else may hold.
         note: what a reader must know about its times.
         times: seconds a call, one entry a round.
     """
@@ -94,6 +95,7 @@ class Entrant:
     lot: int
     repeats: int
     peak_mib: float | None
+    calls: Calls
     note: str = ""
     times: list[float] = field(default_factory=list)
 
@@ -109,7 +111,7 @@ class Entrant:
         with PeakMemory(device) as peak:  # of many calls, because on a CPU it is looked at from time to time
             elapsed(device, calls.once, _repeats(device, calls.once))
         run, note = _captured(device, calls) if graph and device.type == "cuda" else (calls.all, "")
-        return cls(name, device, run, len(calls.inputs), _repeats(device, run), peak.mib, note and f"{name}: {note}")
+        return cls(name, device, run, len(calls.inputs), _repeats(device, run), peak.mib, calls, note and f"{name}: {note}")
 
     def measure(self) -> float:
         """Seconds a call, of one measurement."""
@@ -155,7 +157,10 @@ def reason(error: BaseException) -> str:
 
 
 def _captured(device: torch.device, calls: Calls) -> tuple[Callable[[], object], str]:
-    """The calls as a CUDA graph, or as they are with the reason."""
+    """The calls as a CUDA graph, or as they are with the reason.
+
+    A graph reads and writes where its tensors lay, but does not hold them: `calls` must live as long as it is replayed.
+    """
     try:
         side = torch.cuda.Stream(device)  # first calls on a stream allocate, which must not be captured
         side.wait_stream(torch.cuda.current_stream(device))

@@ -85,6 +85,8 @@ class Launch:
 
     def config(self, kernel: str) -> Config:
         """Tile sizes of one kernel for this call."""
+        if self.q_rows is not None:
+            kernel = kernel.replace("bwd_", "gather_")
         return CONFIGS.pick(kernel, self.q.element_size() * 8, max(self.block_d, self.block_dv), self.q.device)
 
     def strides(self) -> tuple[int, ...]:

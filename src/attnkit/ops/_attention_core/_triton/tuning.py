@@ -15,7 +15,7 @@ from attnkit.ops._attention_core._triton.configs import CONFIGS
 
 __all__ = ["CONFIGS", "KERNELS", "candidates", "probe"]
 
-KERNELS = ("fwd", "decode", "bwd_dq", "bwd_dkdv")
+KERNELS = ("fwd", "decode", "bwd_dq", "bwd_dkdv", "gather_dq", "gather_dkdv")
 _REGISTERS = 255  # of a thread, 4 bytes each; accumulators beyond them spill in every step of the loop
 _CACHE = 2**28  # bytes of K and V in a decoding step: several times any last-level cache
 
@@ -43,6 +43,7 @@ _COSTS = {
     "bwd_dq": _Cost(kept=2, walked=2, summed=1, products=2),
     "bwd_dkdv": _Cost(kept=2, walked=2, summed=2, products=2),
 }
+_COSTS |= {"gather_dq": _COSTS["bwd_dq"], "gather_dkdv": _COSTS["bwd_dkdv"]}
 
 
 def candidates(kernel: str, bits: int, width: int, shared: int) -> tuple[Config, ...]:
@@ -61,13 +62,13 @@ def candidates(kernel: str, bits: int, width: int, shared: int) -> tuple[Config,
         held = size * width * (cost.kept * outer + cost.walked * max(stages - 1, 1) * inner)
         registers = outer * (cost.summed * width + cost.products * inner) // (32 * warps)
         if held <= shared and registers <= _REGISTERS:
-            block_m, block_n = (inner, outer) if kernel == "bwd_dkdv" else (outer, inner)
+            block_m, block_n = (inner, outer) if kernel.endswith("dkdv") else (outer, inner)
             found.append(Config(block_m, block_n, warps, stages))
     return tuple(found)
 
 
 def _grid(kernel: str, bits: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """(rows that stay, rows of a step, warps, stages); in `bwd_dkdv` keys stay and queries are walked along."""
+    """(rows that stay, rows of a step, warps, stages); for gradients of keys these stay and queries are walked along."""
     inner = (32, 64, 128) if bits == 16 else (16, 32, 64)
     if kernel == "decode":
         yield from itertools.product((16,), inner, (2, 4, 8), (2, 3, 4))
@@ -82,7 +83,8 @@ def _grid(kernel: str, bits: int, width: int) -> Iterator[tuple[int, int, int, i
             groups.append((64, 8))
         if width > 128:
             groups.append((32, 4))
-        yield from ((outer, step, warps, stages) for (outer, warps) in groups for step in inner for stages in (2, 3, 4))
+        lengths = (2, 3, 5) if kernel == "gather_dkdv" else (2, 3, 4)
+        yield from ((outer, step, warps, stages) for (outer, warps) in groups for step in inner for stages in lengths)
 
 
 @dataclass
@@ -99,8 +101,8 @@ class _Trial(launch.Launch):
 def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> Probe:
     """One kernel on a problem like those it is meant for; tiny on a CPU, where only the interpreter runs it.
 
-    Causal; 8,192 tokens (2,048 in 32 bits) of 16 heads, or one query of 32 heads over 256 MiB of keys and values of 8
-    heads, 65,536 tokens of width 128 in 16 bits.
+    Causal; 8,192 tokens (2,048 in 32 bits) of 16 heads, which "gather_" kernels find by index, or one query of 32 heads over
+    256 MiB of keys and values of 8 heads, 65,536 tokens of width 128 in 16 bits.
 
     Args:
         kernel: one of KERNELS. The time of "decode" includes merging the parts, that of the others is their own alone.
@@ -121,25 +123,40 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
 
     if kernel in ("fwd", "decode"):
         decode = kernel == "decode"
-        return Probe(lambda c: launch.forward(_Trial(*arguments, c), dtype)[:2], ("out", "lse"), inputs, None, decode)
-    call = launch.Launch(*arguments)
+        return Probe(lambda c: launch.forward(_Trial(*arguments, chosen=c), dtype)[:2], ("out", "lse"), inputs, None, decode)
+    gathers: dict[str, Tensor] = {}
+    upstream = d_out
+    if kernel.startswith("gather"):
+        flat = tuple(t.flatten(1, 2)[:, :, None] for t in (q, k, v, d_out))
+        d_out, gathers = flat[3], _gathers(num_q, heads, device)
+        ends = torch.arange(heads + 1, dtype=torch.int32, device=device) * num_q
+        last = torch.arange(num_q * heads, dtype=torch.int32, device=device)
+        arguments = (*flat[:3], None, None, ends, ends, last, width**-0.5, -1, 0, 0.0, "off")
+    call = launch.Launch(*arguments, **gathers)
     out, lse, _ = launch.forward(call, dtype)
     rows = launch.row_constants(call, d_out, torch.zeros_like(lse), out, lse)
 
     def queries(config: Config) -> tuple[Tensor, ...]:
-        return (launch.backward_queries(_Trial(*arguments, config), d_out, *rows),)
+        return (launch.backward_queries(_Trial(*arguments, **gathers, chosen=config), d_out, *rows).view_as(q),)
 
     def keys(config: Config) -> tuple[Tensor, ...]:
-        return launch.backward_keys(_Trial(*arguments, config), d_out, *rows)[:2]
+        found = launch.backward_keys(_Trial(*arguments, **gathers, chosen=config), d_out, *rows)[:2]
+        return found[0].view_as(k), found[1].view_as(v)
 
-    run, names = (queries, ("d_q",)) if kernel == "bwd_dq" else (keys, ("d_k", "d_v"))
-    return Probe(run, names, inputs, d_out, False)
+    run, names = (queries, ("d_q",)) if kernel.endswith("dq") else (keys, ("d_k", "d_v"))
+    return Probe(run, names, inputs, upstream, False)
+
+
+def _gathers(tokens: int, heads: int, device: torch.device) -> dict[str, Tensor]:
+    """Heads one after another, as sequences whose rows lie `heads` apart."""
+    rows = torch.arange(tokens * heads, dtype=torch.int32, device=device).view(tokens, heads).t().flatten()
+    return {"q_rows": rows, "k_rows": rows}
 
 
 def _sizes(kernel: str, item_bytes: int, width: int, device: torch.device) -> tuple[int, int, int, int]:
     """T, S, H, Hkv."""
     if device.type == "cpu":
-        return (1, 160, 4, 2) if kernel == "decode" else (40, 40, 1, 1)
+        return (1, 160, 4, 2) if kernel == "decode" else (40, 40, 2, 2)
     if kernel == "decode":
         return 1, _CACHE // (2 * 8 * width * item_bytes), 32, 8
     tokens = 8192 if item_bytes == 2 else 2048
