@@ -265,7 +265,7 @@ if __name__ == "__main__":
                 _compile_chunks(kernel, *variant, capability)
                 count += 1
         for dtype, flags in STEPS:
-            _compile(step, dtype, flags, capability)
+            _compile(step, dtype, flags | {"EARLY": capability >= 90}, capability)
             count += 1
         for kernel in (expected.quadratic, expected.weigh):
             for variant in EXPECTED:

@@ -25,7 +25,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], flags
         grid: at most three sizes.
         arguments: tensors, numbers and None, in the kernel's order, before its compile-time flags.
         flags: the compile-time flags.
-        options: num_warps, num_stages.
+        options: num_warps, num_stages, launch_pdl ..
     """
     # a list first: a generator takes a third longer, at every launch
     kinds = tuple([(a.dtype, a.data_ptr() % _ALIGNMENT) if isinstance(a, Tensor) else a for a in arguments])

@@ -155,7 +155,9 @@ def dense_baselines() -> list[Peer]:
 
 
 def _ours(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
-    return ops.attention(q, k, v, causal=True)
+    out = ops.attention(q, k, v, causal=True)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _plain(name: str) -> Callable[[Shape], Operator]:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     if kernel in ("fwd", "decode"):
         decode = kernel == "decode"
         return Probe(lambda c: launch.forward(_Trial(*arguments, chosen=c), dtype)[:2], ("out", "lse"), inputs, None, decode)
-    gathers: dict[str, Tensor] = {}
+    gathers: dict[str, Any] = {}
     upstream = d_out
     if kernel.startswith("gather"):
         flat = tuple(t.flatten(1, 2)[:, :, None] for t in (q, k, v, d_out))
