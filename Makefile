@@ -4,8 +4,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # the oldest transformers that is promised to work, beside the pinned one (and what it needs in other versions)
 FLOOR := transformers==5.17.0 huggingface-hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
-# a judge of the cache's tests that asks for an older transformers than ours, so it is installed beside the environment
-PEERS := kvpress==0.5.5
+# a judge of the cache's tests that asks for an older transformers than ours, and a package that transformers' quantised
+# cache stands on: both are installed beside the environment
+PEERS := kvpress==0.5.5 optimum-quanto==0.2.7
 OUT ?= report
 # tests spread over the processor's cores, at most eight of them
 WORKERS := -n auto --maxprocesses 8 --dist worksteal

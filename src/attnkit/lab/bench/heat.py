@@ -148,7 +148,7 @@ class Course:
         seconds = made + self._first(calls, shape)  # before it is judged, which would compile kernels for it
         if peer.same_result:
             self._judge(peer.name, peer.make, shape)
-        return self._ready(peer.name, shape, calls), seconds
+        return self._ready(peer.name, shape, calls, peer.plain), seconds
 
     def _first(self, calls: Calls, shape: Shape) -> float:
         """Seconds of a contestant's first call; whoever is first draws the gradient of the output for all."""
@@ -168,8 +168,12 @@ class Course:
         # what calls are given is made beforehand: a race of steps would time the making
         return Calls(operator, [self._race.arguments(each) for each in inputs], leaves, upstream)
 
-    def _ready(self, name: str, shape: Shape, calls: Calls) -> Entrant:
-        return Entrant.ready(name, shape.device, calls, graph=shape.step in MEMORY_BOUND)
+    def _ready(self, name: str, shape: Shape, calls: Calls, plain: str = "") -> Entrant:
+        graph = shape.device.type == "cuda" and (shape.step in MEMORY_BOUND or self._race.replayed)
+        entrant = Entrant.ready(name, shape.device, calls, graph=graph and not plain)
+        if graph and plain:
+            entrant.note = f"{name}: plain calls, no CUDA graph ({plain})"
+        return entrant
 
     def _judge(self, name: str, make: Make, shape: Shape) -> None:
         """Refuse who is outside the error budget on a reduced shape; one verdict serves all shapes that reduce to it."""

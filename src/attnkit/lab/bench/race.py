@@ -79,6 +79,7 @@ class Peer:
         package: distribution whose version belongs into the result; empty where torch's says it.
         same_result: whether it computes what the operator computes. One that does not is a baseline: it is timed and its
             memory measured, nobody judges its numbers, and rows call it by its label.
+        plain: why its calls are not captured where those of others are replayed from a CUDA graph; empty where they are.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Peer:
     install: str = ""
     package: str = ""
     same_result: bool = True
+    plain: str = ""
 
     @property
     def label(self) -> str:
@@ -149,6 +151,7 @@ class Race:
         tokens: kind of device -> tokens of all sequences together, by default: batches shrink as lengths grow.
         fixed: inputs that stay in the accumulation dtype.
         facts: (shape, inputs) -> what is worth knowing about them; measured after our first call, once for all passes.
+        replayed: whether calls of all passes are replayed from a CUDA graph, not only of those that are bound by memory.
     """
 
     op: str
@@ -168,6 +171,7 @@ class Race:
     tokens: Mapping[str, int] = field(default_factory=dict)
     fixed: tuple[str, ...] = ()
     facts: Callable[[Shape, dict[str, Any]], Facts] | None = None
+    replayed: bool = False
 
     def draw(self, shape: Shape, seed: int) -> dict[str, Any]:
         """Inputs of a shape, in its dtype on its device."""

@@ -15,6 +15,7 @@ from attnkit.lab.bench.attention import sizes
 from attnkit.lab.bench.entmax import choice
 from attnkit.lab.bench.inputs import normal
 from attnkit.lab.bench.machine import cache_bytes
+from attnkit.lab.bench.quantized import QUANTIZED
 from attnkit.lab.bench.race import Axis, Operator, Peer, Race, Shape, Sizes
 from attnkit.ops import KVPages
 from attnkit.ops.ragged_decode.cases import FIXED
@@ -132,6 +133,8 @@ PEERS.register(
         devices=("cpu", "cuda"),
     ),
 )
+for _peer in QUANTIZED:
+    PEERS.register(_peer.name, _peer)
 for _name in ("sdpa", "sdpa-flash", "cudnn"):
     _summary = f"attention over all keys, raw and dense, {DENSE[_name].summary}"
     PEERS.register(_name, dataclasses.replace(DENSE[_name], summary=_summary, make=_dense(_name), same_result=False))
