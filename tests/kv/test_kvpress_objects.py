@@ -36,6 +36,11 @@ PAIRS = {
     "keydiff": ("keydiff", {}, lambda k: k.KeyDiffPress(0.5)),
     "expected": ("expected_attention", {"rope": "mean"}, lambda k: k.ExpectedAttentionPress(0.5)),
     "adakv": ("adakv:snapkv", {"window": 6}, lambda k: k.AdaKVPress(k.SnapKVPress(0.5, window_size=6))),
+    "adakv expected": (
+        "adakv:expected_attention",
+        {"rope": "mean", "eps": 0.02},
+        lambda k: k.AdaKVPress(k.ExpectedAttentionPress(0.5, epsilon=0.02)),
+    ),
     "chunk": ("chunk:knorm", {"chunk_length": 10}, lambda k: k.ChunkPress(k.KnormPress(0.5), chunk_length=10)),
     "critical": ("criticalkv:snapkv", {"window": 6}, lambda k: k.CriticalKVPress(k.SnapKVPress(0.5, window_size=6))),
 }

@@ -109,6 +109,8 @@ def test_everything_registered_is_swept() -> None:
     assert len(named) == len(prefilling()) >= 20
     assert {f"decode:{name}" for name in kv.methods()} <= {method.name for method in decoding(64)}
     assert isinstance(Method("knorm", "knorm").press(0.3, Path()), kv.Press)
+    (shared,) = [method for method in prefilling() if method.name == "adakv:expected_attention, eps 0.02"]
+    assert shared.press(0.5, Path()) == kv.press("adakv:expected_attention", ratio=0.5, eps=0.02)
 
 
 def planted(**accuracies: float) -> Any:

@@ -18,7 +18,12 @@ __all__ = ["ADAPTED", "MAIN", "ORACLES", "Asked", "Method", "ask", "decoding", "
 
 MAIN = ("expected_attention", "snapkv", "tova", "knorm", "streaming_llm")
 ADAPTED = (*MAIN[:4], "keydiff")  # what is asked with and without budgets that heads share
-_VARIANTS = {"expected_attention, mean": {"rope": "mean"}, "expected_attention, output norm": {"value_norm": "output"}}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "expected_attention, mean": {"rope": "mean"},
+    "expected_attention, output norm": {"value_norm": "output"},
+    "expected_attention, eps 0.02": {"eps": 0.02},  # of the paper, except where it hides needles
+    "adakv:expected_attention, eps 0.02": {"eps": 0.02},
+}
 ORACLES = ("oracle", "adakv:oracle")
 _FIELDS = ("context", "asked", "answers", "counts", "kinds")
 _LEARNT = {"qfilter": "filters", "expected_attention_stats": "stats"}  # method -> its option for what was learnt
