@@ -110,6 +110,18 @@ def test_ratio_0_changes_nothing(spec):
     assert all(map(torch.equal, plain.logits, pressed.logits))
 
 
+@pytest.mark.parametrize("spec", SPECS)
+def test_ratio_0_is_the_model_as_it_was(spec):
+    model = tiny_model("llama")
+    ids, _ = ids_of(length=PROMPT, pads=(0, 0))
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    stock = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    with inference.apply(model, inference.Policy(cache=kv.press(spec, ratio=0))) as h:
+        pressed = model.generate(ids, past_key_values=h.new_cache(), **options)
+    assert torch.equal(stock.sequences, pressed.sequences)
+    assert all(map(torch.equal, stock.logits, pressed.logits))
+
+
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "random"])  # whose numbers go by place in the batch
 def test_a_row_alone_is_the_row_in_a_padded_batch(spec):
     model = tiny_model("llama")
