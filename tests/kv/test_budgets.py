@@ -1,5 +1,7 @@
 """Budgets against their definitions, head by head."""
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -73,6 +75,23 @@ def test_the_best_are_the_same_by_count_and_by_counts():
         top = scores[row, head].topk(int(ragged[row, head])).indices.sort().values
         assert torch.equal(mask[row, head].nonzero()[:, 0], top)
         assert torch.equal(kept.index[row, head, : len(top)], top)
+
+
+def test_of_equal_scores_the_earlier_stay():
+    scores = torch.randint(0, 4, (2, 3, 50), generator=torch.Generator().manual_seed(1)).float()
+    scores[0, 0, 5:9], scores[0, 1, 7], scores[1, 2, 3:] = torch.inf, torch.nan, -torch.inf
+    for count in (0, 1, 6, 20, 50):
+        kept = best(scores, count)
+        assert kept.index.shape == (2, 3, count)
+        for row, head in itertools.product(range(2), range(3)):
+            values = [math.inf if math.isnan(score) else score for score in scores[row, head].tolist()]
+            order = sorted(range(50), key=lambda place, values=values: (-values[place], place))
+            assert kept.index[row, head].tolist() == sorted(order[:count])
+    tied = torch.ones(1, 3, 40)
+    tied[0, 1, 10:20] = 2
+    kept = HeadAdaptive(0.2).counts(None, tied, 20)
+    assert kept.tolist() == [[40, 16, 4]]  # sure are 4 each, then head 1's high ones, then the first heads' others
+    assert torch.equal(HeadAdaptive(0.2).counts(None, tied, torch.full((1, 3), 20)), kept)
 
 
 def test_a_mask_makes_its_own_index():

@@ -1,5 +1,6 @@
 """Models with compressed caches against the same models reading everything with a mask over what was dropped."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -107,6 +108,18 @@ def test_ratio_0_changes_nothing(spec):
         pressed = model.generate(ids, past_key_values=h.new_cache(), **options)
     assert torch.equal(plain.sequences, pressed.sequences)
     assert all(map(torch.equal, plain.logits, pressed.logits))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_ratio_0_is_the_model_as_it_was(spec):
+    model = tiny_model("llama")
+    ids, _ = ids_of(length=PROMPT, pads=(0, 0))
+    options = {"max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    stock = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
+    with inference.apply(model, inference.Policy(cache=kv.press(spec, ratio=0))) as h:
+        pressed = model.generate(ids, past_key_values=h.new_cache(), **options)
+    assert torch.equal(stock.sequences, pressed.sequences)
+    assert all(map(torch.equal, stock.logits, pressed.logits))
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "random"])  # whose numbers go by place in the batch
@@ -247,6 +260,26 @@ def test_messages():
     other = inference.apply(model, inference.Policy(cache="random"))
     with torch.no_grad(), other, pytest.raises(PolicyError, match="needs a cache of its own"):
         model(ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("spec", ["rerotate:knorm", "rerotate:kvzip", "decode:rerotate:knorm"])
+def test_keys_are_not_turned_over_padding_between_tokens(spec):
+    model = tiny_model("llama")
+    ids, _ = ids_of(pads=(0, 0))
+    options = {"interval": 2, "target": 20} if spec.startswith("decode") else {}
+    with torch.no_grad(), inference.apply(model, inference.Policy(cache=kv.press(spec, **options))) as h:
+        for holes, refused in (
+            (slice(0, 5), False),
+            (slice(PROMPT - 5, PROMPT), spec.startswith("decode")),
+            (slice(9, 12), True),
+        ):
+            mask = torch.ones(2, PROMPT, dtype=torch.long)
+            mask[1, holes] = 0
+            cache = h.new_cache()
+            with pytest.raises(PolicyError, match="padding between real tokens") if refused else nullcontext():
+                for part in (ids[:, :PROMPT], ids[:, PROMPT : PROMPT + 2]):
+                    mask = mask if part.shape[1] == PROMPT else torch.cat([mask, torch.ones_like(part)], 1)
+                    model(part, attention_mask=mask, past_key_values=cache)
 
 
 @pytest.mark.parametrize(("codec", "error"), [("raw", 1e-5), ("int8", 0.02), ("int4", 0.3), ("fp8", 0.12)])

@@ -6,7 +6,18 @@ from task_oracles import ORACLES, solve
 
 from attnkit._core.errors import InputError, OptionError, ShapeError
 from attnkit.training.data import IGNORED
-from attnkit.training.tasks import TASKS, AssociativeRecall, Examples, PermutationWords, Score, Task, TaskData, TaskRows, score
+from attnkit.training.tasks import (
+    TASKS,
+    AssociativeRecall,
+    Examples,
+    PermutationWords,
+    Ruler,
+    Score,
+    Task,
+    TaskData,
+    TaskRows,
+    score,
+)
 from attnkit.training.tasks.permutations import group_table
 
 LENGTHS = {
@@ -125,3 +136,19 @@ def test_rows_of_a_task() -> None:
     validation = {row.tobytes() for index in range(4) for row in data.validation[index]["input_ids"].numpy()}
     assert not train & validation
     assert data.facts == {"task": "mqar", "lengths": [32, 16], "row_tokens": 100, "alphabet": 64}
+
+
+@pytest.mark.parametrize(("questions", "values", "length"), [(1, 8, 60), (4, 32, 512), (8, 32, 200), (10, 40, 400)])
+def test_common_values_are_all_asked_for_in_order(questions: int, values: int, length: int) -> None:
+    task = Ruler(kinds=("common",), questions=questions, values=values)
+    examples = task.generate(1, 20, length)
+    assert score(solve(task, examples.input_ids), examples).accuracy == 1.0
+    asked = examples.labels[examples.labels != IGNORED].reshape(20, questions)
+    assert (np.diff(asked, axis=1) > 0).all()
+    assert (task.generate(2, 20, length).labels != examples.labels).any()
+
+
+@pytest.mark.parametrize(("questions", "values", "length"), [(8, 32, 36), (32, 32, 500), (31, 32, 500)])
+def test_common_values_that_would_not_stand_out_are_refused(questions: int, values: int, length: int) -> None:
+    with pytest.raises(OptionError, match=f"'common' is not possible with questions={questions}, values={values}"):
+        Ruler(kinds=("common",), questions=questions, values=values).generate(0, 2, length)

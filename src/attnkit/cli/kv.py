@@ -225,15 +225,15 @@ def _memory(
     "calibrate",
     examples=(
         "attnkit kv calibrate --out stats.safetensors",
-        "attnkit kv calibrate --model ./my-model --text book.txt --what qfilter --rows 100 --out filters.safetensors",
+        "attnkit kv calibrate --model ./my-model --text book.txt --what lukv:snapkv --rows 100 --out curves.safetensors",
     ),
-    python='from attnkit import inference\ninference.calibrate(model, rows, what=["qfilter"], path="filters.safetensors")',
+    python='from attnkit import inference\ninference.calibrate(model, rows, what=["lukv:snapkv"], path="curves.safetensors")',
 )
 @_model
 @_text
 @click.option(
     "--what", default="expected_attention_stats,qfilter,duo", show_default=True, callback=parse_names, metavar="A,B,..",
-    help="For which methods.",
+    help="For which methods; lukv:METHOD for lukv around this method.",
 )  # fmt: skip
 @click.option("--rows", type=click.IntRange(min=1), default=32, show_default=True, help="Pieces of the text to read.")
 @click.option("--length", default="512", show_default=True, callback=parse_size, metavar="N", help="Tokens of a piece.")
@@ -250,7 +250,8 @@ def _calibrate(
 ) -> None:  # fmt: skip
     """Let a model read texts and write down what some methods want to know of it beforehand.
 
-    Methods take the file as an option: expected_attention_stats:stats=FILE, qfilter:filters=FILE, duo_attention:pattern=FILE.
+    Methods take the file as an option: expected_attention_stats:stats=FILE, qfilter:filters=FILE, duo_attention:pattern=FILE,
+    lukv:METHOD:curves=FILE. What is learnt for lukv is for the method that --what names behind it.
     """
     from attnkit import inference
     from attnkit.lab.compare import loading, texts

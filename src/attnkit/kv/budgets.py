@@ -9,6 +9,7 @@ from torch import Tensor
 from attnkit._core.errors import OptionError
 from attnkit.kv.context import ScoreContext
 from attnkit.kv.registry import wrapper
+from attnkit.kv.selectors import highest
 
 __all__ = ["Budget", "HeadAdaptive", "PerLayer", "Pyramid", "Uniform", "each", "kept_of"]
 
@@ -50,7 +51,7 @@ class Uniform:
     """Every head keeps the same share."""
 
     def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
-        """[B, Hkv] int64."""
+        """[B, Hkv] int64, or one number: `kept`."""
         del ctx, scores
         return kept
 
@@ -59,7 +60,8 @@ class Uniform:
 class HeadAdaptive:
     """The heads of a layer share one budget: those with many high scores keep more.
 
-    Each head is sure of `alpha` times its share; the rest goes to the highest scores of the layer.
+    Each head is sure of `alpha` times its share; the rest goes to the highest scores of the layer, of equal ones to the first
+    head's.
 
     Args:
         alpha: 0 to 1.
@@ -77,10 +79,9 @@ class HeadAdaptive:
         del ctx
         scores = scores.clamp(max=torch.finfo(torch.float32).max)  # infinity is for what a head is sure of
         if isinstance(kept, int):  # no head has gaps
-            sure = scores.topk(min(max(1, int(kept * self.alpha)), kept), dim=-1).indices
-            guarded = scores.scatter(-1, sure, torch.inf).flatten(1)
-            head = guarded.topk(kept * scores.shape[1], dim=-1).indices // scores.shape[-1]
-            return torch.zeros_like(scores[..., 0], dtype=torch.long).scatter_add_(-1, head, torch.ones_like(head))
+            sure = highest(scores, min(max(1, int(kept * self.alpha)), kept))
+            guarded = scores.masked_fill(sure, torch.inf).flatten(1)
+            return highest(guarded, kept * scores.shape[1]).view(scores.shape).sum(-1)
         size = scores.shape[-1]
         order = scores.argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, torch.arange(size, device=order.device).expand_as(order))
@@ -106,7 +107,7 @@ class PerLayer:
     ratios: tuple[float, ...]
 
     def counts(self, ctx: ScoreContext, scores: Tensor, kept: int | Tensor) -> int | Tensor:
-        """[B, Hkv] int64.
+        """[B, Hkv] int64, or one number.
 
         Raises:
             OptionError: as many ratios as layers are needed.

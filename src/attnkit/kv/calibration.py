@@ -1,7 +1,7 @@
 """What some methods learn of a model beforehand, gathered while it reads texts."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,19 +25,24 @@ class Recorder:
         OptionError: an unknown name.
     """
 
+    needs: ClassVar[frozenset[str]] = frozenset({"rope"})
+
     def __init__(self, what: Iterable[str], sinks: int = 4) -> None:
         self.what = tuple(what)
         unknown = sorted(set(self.what) - set(WHAT))
         if unknown or not self.what:
-            raise OptionError(f"what={self.what} is not allowed; it names one or more of {', '.join(WHAT)}")
+            raise OptionError(f"what={self.what} is not allowed; it names one or more of {', '.join(WHAT)}, lukv:METHOD")
         self.sinks = sinks
         self._moments: dict[int, _Moments] = {}
         self._rotated: dict[int, _Moments] = {}
         self._duo: dict[int, list[Tensor]] = {}
         self._heads: dict[int, int] = {}
 
-    def note(self, call: LayerCall) -> None:
-        """Take note of one text of one row, read in one pass."""
+    def passes(self, length: int) -> list[tuple[int, Callable[[LayerCall], None]]]:
+        """How a text of one row is read: tokens of each pass and who listens."""
+        return [(length, self._note)]
+
+    def _note(self, call: LayerCall) -> None:
         positions = torch.arange(call.first, call.seen, device=call.q.device)
         index = call.index
         stored = call.layer.view()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from attnkit._core.checks import FLOATS, accumulator_dtype, check_dtype, check_same, dims
 from attnkit._core.errors import OptionError, ShapeError
+from attnkit.kv.selectors import best
 
 __all__ = ["CompactKeys", "EvictedMoments", "evicted_moments", "fit_attention", "match_attention", "moment_partial"]
 
@@ -68,7 +69,7 @@ def match_attention(
     rows = queries.to(wide).reshape(batch, kv_heads, -1, sizes["D"])  # all queries of a group ask the same keys
     scores = scale * rows @ keys.to(wide).mT
     prob = torch.softmax(scores, -1)
-    index = prob.square().mean(-2).topk(size, -1).indices.sort(-1).values
+    index = best(prob.square().mean(-2), size).index
     fitted, bias = fit_attention(scores, values, index, ridge=ridge)
     return CompactKeys(index, fitted, bias)
 

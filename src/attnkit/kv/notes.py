@@ -110,11 +110,17 @@ class Notes:
         """What the scorer gets.
 
         Raises:
-            PolicyError: it needs all queries of the context, and they came in several passes.
+            PolicyError: it needs all queries of the context, and they came in several passes; or padding stands between real
+                tokens, and the press takes positions for distances.
         """
         if "queries" in press.needs and phase == "prefill" and not self.whole:
             raise PolicyError(
                 f"{press.spec} needs the whole context in one pass; do not prefill in chunks, or take another method"
+            )
+        if getattr(press.transform, "contiguous", False) and call.padding is not None and not call.padding.contiguous:
+            raise PolicyError(
+                f"{press.spec} turns keys by the distance of their tokens, and attention_mask has padding between real tokens; "
+                f"pad rows at their ends only, or leave rerotate out"
             )
         assert self.queries is not None
         assert self.positions is not None

@@ -36,7 +36,10 @@ class Scorer(Protocol):
 
 
 class Transform(Protocol):
-    """What happens to keys and values beside dropping."""
+    """What happens to keys and values beside dropping.
+
+    A transform to which positions are distances has `contiguous = True`; it never meets rows with padding between real tokens.
+    """
 
     def change(self, ctx: ScoreContext, scores: Tensor, kept: Kept) -> Stored:
         """The stored tokens as they shall be when those that are not in `kept` are gone."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from attnkit.kv.context import ScoreContext
 
-__all__ = ["Kept", "Selector", "TopK", "best", "gather"]
+__all__ = ["Kept", "Selector", "TopK", "best", "gather", "highest"]
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,20 @@ def gather(states: Tensor, index: Tensor) -> Tensor:
     return states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1]))
 
 
+def highest(scores: Tensor, count: int) -> Tensor:
+    """Bool like scores [..., S]: the `count` highest of each row, NaN first; of equal ones those that come earlier."""
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    scores = scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, level = scores > least, scores == least
+    return above | (level & (level.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
+
+
 def best(scores: Tensor, counts: int | Tensor) -> Kept:
-    """The `counts` highest scores of each head, in the order in which they are stored."""
+    """The `counts` highest scores of each head, in the order in which they are stored; of equal ones the earlier stay."""
     if isinstance(counts, int):
-        return Kept(scores.topk(counts, dim=-1).indices.sort(-1).values)
+        return Kept(Kept.of_mask(highest(scores, counts)).index[..., :counts])
     order = scores.argsort(dim=-1, descending=True, stable=True)
     chosen = torch.arange(scores.shape[-1], device=scores.device) < counts[..., None]
     return Kept.of_mask(torch.zeros_like(chosen.expand_as(order)).scatter(-1, order, chosen.expand_as(order)))
@@ -81,7 +91,7 @@ def best(scores: Tensor, counts: int | Tensor) -> Kept:
 
 @dataclass(frozen=True)
 class TopK:
-    """The highest scores of each head."""
+    """The highest scores of each head; of equal ones those that come earlier."""
 
     def select(self, ctx: ScoreContext, scores: Tensor, counts: int | Tensor, scorer: Any) -> Kept:
         """The highest."""

@@ -12,7 +12,7 @@ from attnkit.kv.pressing import Press
 from attnkit.kv.registry import base, wrapper
 from attnkit.kv.schedules import Every
 from attnkit.kv.scorers.attention import received
-from attnkit.kv.selectors import Kept
+from attnkit.kv.selectors import Kept, highest
 
 __all__ = ["KeepAll", "MergeNearest", "MergeWindow", "Rerotate", "ZeroChannels", "changing"]
 
@@ -148,9 +148,11 @@ class MergeWindow:
 class Rerotate:
     """Kept keys turn to neighbouring positions that end before the next token, as if the text had been shorter.
 
-    `positions` then says where they stand, no longer where they came from.
+    `positions` then says where they stand, no longer where they came from. Padding between real tokens is refused, because
+    positions count it and rotations need not.
     """
 
+    contiguous: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset({"rope"})
 
     def change(self, ctx: ScoreContext, scores: Tensor, kept: Kept) -> Stored:
@@ -189,8 +191,7 @@ class ZeroChannels:
             queries = queries.masked_fill(~ctx.query_real[:, None, -self.window :, None], 0)
         counted = keys.float() if real is None else keys.float().masked_fill(~real[..., None], 0)
         worth = ctx.mean_over_group(queries.square().sum(2)) * counted.square().sum(2)  # a head's order is all that counts
-        channels = worth.topk(int(keys.shape[-1] * ctx.ratio), dim=-1, largest=False).indices
-        gone = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, channels, True)
+        gone = highest(-worth, int(keys.shape[-1] * ctx.ratio))
         return replace(ctx.stored, keys=keys.masked_fill(gone[:, :, None], 0))
 
 

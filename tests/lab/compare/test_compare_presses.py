@@ -92,9 +92,9 @@ def test_rows_of_presses_say_what_is_kept_and_what_it_weighs(rows: Callable[...,
 
 
 def test_a_ratio_of_nearly_nothing_is_dense(rows: Callable[..., Any]) -> None:
-    found = rows("knorm@0.001")
-    assert found["knorm@0.001"]["loss"] == pytest.approx(found["dense"]["loss"], rel=1e-3)
-    assert found["knorm@0.001"]["agreement"] > 0.9
+    found = rows("streaming_llm@0.001")  # which drops one of the oldest tokens; of equal norms the newest would go
+    assert found["streaming_llm@0.001"]["loss"] == pytest.approx(found["dense"]["loss"], rel=1e-3)
+    assert found["streaming_llm@0.001"]["agreement"] > 0.9
 
 
 def test_one_task_alone(rows: Callable[..., Any]) -> None:

@@ -12,7 +12,9 @@ from attnkit.kv.line import must_stay
 from attnkit.kv.registry import wrapper
 from attnkit.kv.weights import required
 
-__all__ = ["Protected"]
+__all__ = ["KEEP_FIRST", "KEEP_LAST", "Protected"]
+
+KEEP_FIRST, KEEP_LAST = 4, 1  # of lukv
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,20 @@ class Protected:
 
 
 @wrapper("lukv")
-def _lukv(press: Any, curves: str | None = None, keep_first: int = 4, keep_last: int = 1) -> Any:
+def _lukv(press: Any, curves: str | None = None, keep_first: int = KEEP_FIRST, keep_last: int = KEEP_LAST) -> Any:
     """Each head's own ratio from a table that was worked out beforehand (`curves`).
 
+    Args:
+        press: gives the scores; the table is for its method.
+        curves: path of the table, see `Curves`; `attnkit.inference.calibrate` makes one.
+        keep_first, keep_last: tokens of each head that stay.
     Source: LU-KV 2026, arXiv:2602.08585.
     """
-    path = required(curves, "lukv", "curves, a table [99, layers, Hkv] for this model and scorer (.npy or .safetensors)")
+    path = required(
+        curves,
+        "lukv",
+        "curves, a table [99, layers, Hkv] for this model and scorer (.npy or .safetensors), as calibrate makes it",
+    )
     return replace(press, scorer=Protected(press.scorer, keep_first, keep_last), budget=Curves(path))
 
 

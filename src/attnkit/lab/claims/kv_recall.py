@@ -20,6 +20,7 @@ __all__ = ["CLAIM"]
 
 _LEARNT = 0.8
 _JUDGED = 1_000_003  # seeds of judging stay apart from those of training
+_KINDS = ("single", "multikey", "multivalue", "variables", "frequent")
 _ONCE = ("single", "frequent")  # kinds whose questions are all the same
 _SPACING = 6  # of training: many statements, so that guessing among a few does not pay
 _ALONE = 0.4  # share of the tokens on which two layers learn many needles alone; deeper, or beside easier kinds, it takes long
@@ -86,7 +87,7 @@ def _measure_whole(settings: Settings, seed: int, place: Place) -> list[Row]:
 
     rows = _measure(settings, seed, "prefill", DENSE, lambda ratio, given: None, place)
     model = _model(settings, seed, place)
-    texts = Ruler(questions=settings.questions).generate(seed, _TEXTS, settings.length).input_ids
+    texts = Ruler(kinds=_KINDS, questions=settings.questions).generate(seed, _TEXTS, settings.length).input_ids
     inference.calibrate(model, list(texts), what=("expected_attention_stats", "qfilter"), path=_learnt(seed, place))
     for name in ORACLES:
         rows += _measure(settings, seed, "prefill", name, partial(_oracle, model, name != "oracle"), place)
@@ -109,8 +110,6 @@ def _oracle(model: Any, adaptive: bool, ratio: float, given: Asked) -> Any:
 def _measure(
     settings: Settings, seed: int, phase: str, name: str, press: Callable[[float, Asked], Any], place: Place
 ) -> list[Row]:
-    from attnkit.training.tasks.ruler import KINDS
-
     model = _model(settings, seed, place)
     given = _given(settings, seed, place.device)
     size, pieces, ratios = given.context.shape[1], None, (0.0,) if name == DENSE else settings.ratios
@@ -118,7 +117,7 @@ def _measure(
         ratios = settings.decode_ratios
         later = size // 2 // settings.interval * settings.interval
         pieces = [size - later, *[_PASS] * (later // _PASS)]
-    found = measure(model, press, given, ratios=ratios, kinds=KINDS, batch=settings.batch, pieces=pieces)
+    found = measure(model, press, given, ratios=ratios, kinds=_KINDS, batch=settings.batch, pieces=pieces)
     return [{"seed": seed, "phase": phase, "method": name} | row for row in found]
 
 
@@ -139,8 +138,6 @@ def _loaded(folder: Path, device: torch.device) -> Any:
 
 def _train(settings: Settings, seed: int, place: Place) -> None:
     """Two layers learn many needles alone, then all layers all kinds."""
-    from attnkit.training.tasks.ruler import KINDS
-
     name = f"seed {seed}, two layers"
     _learn(settings, seed, place, name, _fresh(settings, 2, seed), ("multikey",), settings.trained[:-1], _ALONE)
     small, whole = place.load(name), _fresh(settings, settings.layers, seed)
@@ -148,7 +145,7 @@ def _train(settings: Settings, seed: int, place: Place) -> None:
     for layer in whole.model.layers[2:]:  # which say nothing yet
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    _learn(settings, seed, place, f"seed {seed}", whole, KINDS, settings.trained[1:], 1 - _ALONE)
+    _learn(settings, seed, place, f"seed {seed}", whole, _KINDS, settings.trained[1:], 1 - _ALONE)
 
 
 def _fresh(settings: Settings, layers: int, seed: int) -> Any:
@@ -200,18 +197,18 @@ def _learn(
 
 def _given(settings: Settings, seed: int, device: torch.device) -> Asked:
     """Contexts of all kinds in turns."""
-    from attnkit.training.tasks.ruler import KINDS, Ruler
+    from attnkit.training.tasks.ruler import Ruler
 
     parts = [
         Ruler(kinds=(kind,), questions=settings.questions)
         .generate(_JUDGED + seed, settings.examples, settings.length)
         .input_ids
-        for kind in KINDS
+        for kind in _KINDS
     ]
     ids = torch.from_numpy(np.stack(parts, 1).reshape(-1, settings.length))
     blocks = ids[:, -3 * settings.questions :].unflatten(1, (-1, 3))
-    kinds = torch.arange(len(KINDS)).repeat(settings.examples)
-    once = torch.tensor([kind in _ONCE for kind in KINDS])[kinds]
+    kinds = torch.arange(len(_KINDS)).repeat(settings.examples)
+    once = torch.tensor([kind in _ONCE for kind in _KINDS])[kinds]
     counts = ~once[:, None] | (torch.arange(settings.questions) == 0)
     given = Asked(ids[:, : -3 * settings.questions], blocks[..., :2], blocks[..., 2:], counts, kinds)
     return given.to(device)

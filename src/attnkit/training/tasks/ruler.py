@@ -25,7 +25,8 @@ class Ruler:
 
     single: one statement, asked for again and again. multikey: many; `ask name`. multivalue: two of every name;
     `first name` or `last name`. variables: `set other name` further on, and `ask other` wants the name's value. frequent: a
-    context of values; `most most` wants the most common one.
+    context of values; `most most` wants the most common one. common: as many common values as there are questions; `most first`
+    wants the first of them in the order of their tokens, `most value` the one after this value.
 
     Attributes:
         kinds: of KINDS; each example is of one of them, each as likely, so that one that stands there twice comes more often.
@@ -37,7 +38,7 @@ class Ruler:
     Source: tasks after Hsieh et al. 2024 (RULER), arXiv:2404.06654.
     """
 
-    kinds: tuple[str, ...] = ("single", "multikey", "multivalue", "variables", "frequent")
+    kinds: tuple[str, ...] = ("single", "multikey", "multivalue", "variables", "frequent", "common")
     questions: int = 4
     names: int = 32
     values: int = 32
@@ -163,11 +164,31 @@ def _frequent(task: Ruler, random: np.random.Generator, ids: np.ndarray) -> tupl
     return context, _blocks(MOST, MOST, np.repeat(task._first_value + common, task.questions, 1))
 
 
+def _common(task: Ruler, random: np.random.Generator, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    n, room = ids.shape
+    size = task.questions
+    count = max(2, room // (2 * size))  # of each common value; the others share the other half
+    left, others = room - count * size, task.values - size
+    if others < 1 or left < 0 or count <= -(-left // others):
+        raise OptionError(
+            f"kinds='common' is not possible with questions={size}, values={task.values} and {room} tokens of context; "
+            f"ask fewer questions"
+        )
+    order = distinct(random, n, task.values, task.values)
+    common = np.sort(order[:, :size], 1)
+    drawn = np.concatenate([np.repeat(common, count, 1), order[:, size + np.arange(left) % others]], 1)
+    context = task._first_value + np.take_along_axis(drawn, shuffled(random, n, room), 1)
+    answers = task._first_value + common
+    before = np.concatenate([np.full((n, 1), FIRST), answers[:, :-1]], 1)
+    return context, _blocks(MOST, before, answers)
+
+
 _MAKERS: dict[str, Callable[[Ruler, np.random.Generator, np.ndarray], tuple[np.ndarray, np.ndarray]]] = {
     "single": _single,
     "multikey": _multikey,
     "multivalue": _multivalue,
     "variables": _variables,
     "frequent": _frequent,
+    "common": _common,
 }
 KINDS = tuple(_MAKERS)
