@@ -22,7 +22,7 @@ from attnkit.lab.numerics import dynamic_max_shift
 triton = pytest.importorskip("triton")
 tl = triton.language
 from attnkit._core.triton.maths import LN2, LOG2E  # noqa: E402
-from attnkit.ops._attention_core._triton.steps import raised_max  # noqa: E402
+from attnkit.ops._attention_core._triton.steps import raised_max, softmax_start, softmax_step  # noqa: E402
 from attnkit.ops._attention_core._triton.tiles import _search  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not (interpreted() or torch.cuda.is_available()), reason="needs the interpreter or a GPU")
@@ -203,6 +203,43 @@ def test_the_moved_maximum_is_that_of_the_emulator() -> None:
     out = torch.empty_like(top)
     _raise[(1,)](top, ties, out, BLOCK=16)
     torch.testing.assert_close(out * LN2.value, dynamic_max_shift(top, ties, beta=4.0), rtol=1e-6, atol=1e-5)
+
+
+@triton.jit
+def _step(t, m, out, ROWS: tl.constexpr, KEYS: tl.constexpr):  # type: ignore[no-untyped-def]
+    o_row, o_key = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    values = tl.full([KEYS, 16], 1.0, tl.float32)
+    state = softmax_start(tl.load(m + o_row), tl.full([ROWS], 1.0, tl.float32), tl.zeros([ROWS, 16], tl.float32), "dynamic_max")
+    tile = tl.load(t + o_row[:, None] * KEYS + o_key[None, :])
+    state = softmax_step(tile, 1.0, values, state, True, "dynamic_max", "ieee")
+    tl.store(out + o_row, state[0])
+    tl.store(out + ROWS + o_row, state[1])
+    tl.store(out + 2 * ROWS + o_row, state[3])
+
+
+def test_only_exact_ties_move_a_maximum() -> None:
+    """Wherever in a row they are; one tile, on top of a running maximum and a sum of 1."""
+    t = 2 * torch.rand(16, 64, device=DEVICE)
+    for row, keys in enumerate([(5,), (0, 8), (0, 1), (3, 60), (8, 16, 24), (1, 9, 2, 63), tuple(range(64)), (7, 7), (30, 38)]):
+        t[row, list(keys)] = 3.0
+    t[7, 8] = t[8, 38] = torch.nextafter(torch.tensor(3.0), torch.tensor(0.0))
+    t[8, [0, 1, 8, 9]] = t[9:12, :2] = 2.5  # tied, and in row 8 below the maximum
+    t[9:12] -= 4.0  # below 0
+    t[12] = -torch.inf
+    t[14] -= 3.0
+    t[14, 20:22] = 0.0
+    m = torch.full((16,), -torch.inf, device=DEVICE)
+    m[2], m[3], m[13] = 20.0, 7.0, 20.0
+    top = t.amax(1)
+    ties = (t == top[:, None]).sum(1)
+    assert ties.tolist()[:9] == [1, 2, 2, 2, 3, 4, 64, 1, 1]
+    moved = torch.maximum(m, dynamic_max_shift(top * LN2.value, ties, beta=4.0) * LOG2E.value)
+    base = torch.where(moved.isinf(), 0.0, moved).double()
+    total = torch.exp2(m - base) + torch.exp2(t - base[:, None]).sum(1)
+    out = torch.empty(3, 16, device=DEVICE)
+    _step[(1,)](t, m, out, ROWS=16, KEYS=64)
+    torch.testing.assert_close(out[0], moved, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out[1:].double(), total.expand(2, -1), rtol=1e-6, atol=0)
 
 
 @triton.jit

@@ -137,36 +137,50 @@ def softmax_start(m, total, acc, NORM: tl.constexpr):
 
 
 @triton.jit
+def _parts(x):
+    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
+
+
+@triton.jit
 def softmax_step(t, c, v, state, GUARD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
     """Take a tile of scores c * t [rows, keys] and its values into the state. GUARD: a row may have seen nothing yet.
 
     Matrix units truncate what they add up. Where sums have to be close each tile is a product of its own, added to the output
-    when the next tile comes, so that nobody waits for it; sums of rows come last, while the product is under way. (The same
-    sums as a product with ones were measured: they make the forward pass 1.5x slower.)
+    when the next tile comes, so that nobody waits for it; rounded sums of rows come last, while the product is under way. (The
+    same sums as a product with ones were measured: they make the forward pass 1.5x slower.)
+
+    Nor do exponentials wait for the number of ties: they are taken below the plain maximum, and a factor of each row moves
+    them. Threads count the ties of their own part of a row, and talk about those that reach its maximum only.
     """
     if NORM == "softmax":
         m, total, acc = state
     else:
         m, total, acc, rounded, own, beta = state
-    top = tl.max(t, 1)
     if NORM == "dynamic_max":
-        ties = tl.sum(tl.where(t == top[:, None], 1.0, 0.0), 1)
-        m_new = tl.maximum(m, raised_max(top * c, ties, 8.0 if v.dtype == tl.float16 else 30 * LOG2E))
+        most = tl.max(_parts(t), 1)
+        top = tl.max(most, 1)
     else:
-        m_new = tl.maximum(m, top * c)
-    top = m_new
+        top = tl.max(t, 1)
+    m_new = tl.maximum(m, top * c)
+    base = m_new
     if GUARD:
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
-    p = tl.exp2(t * c - top[:, None])
-    alpha = tl.exp2(m - top)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
+    p = tl.exp2(t * c - base[:, None])
+    alpha = tl.exp2(m - base)
+    total = total * alpha + tl.sum(p, 1)
+    if NORM == "dynamic_max":
+        own_ties = tl.sum(tl.where(_parts(t) == most[:, None, :], 1.0, 0.0), 1)
+        ties = tl.sum(tl.where(most == top[:, None], own_ties, 0.0), 1)
+        raised = raised_max(top * c, ties, 8.0 if v.dtype == tl.float16 else 30 * LOG2E)
+        factor = tl.exp2(tl.minimum(base - raised, 0.0))
+        m_new, alpha, total, p = tl.maximum(m_new, raised), alpha * factor, total * factor, p * factor[:, None]
     if NORM == "softmax":
-        total = total * alpha + tl.sum(p, 1)
         return m_new, total, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     else:
         acc = acc * beta[:, None] + own
         own = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         rounded = rounded * alpha + tl.sum(rounded_to(p, v.dtype), 1)
-        return m_new, total * alpha + tl.sum(p, 1), acc, rounded, own, alpha
+        return m_new, total, acc, rounded, own, alpha
 
 
 @triton.jit
@@ -205,11 +219,6 @@ def entmax_pair(z, tau, factor, NORM: tl.constexpr):
         log = tl.log2(tl.where(x > 0, x, 1.0))
         p = tl.exp2(log / factor)
         return tl.where(x > 0, p, 0.0), tl.where(x > 0, tl.exp2(log * ((1.0 - factor) / factor)), 0.0)
-
-
-@triton.jit
-def _parts(x):
-    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
 
 
 @triton.jit
