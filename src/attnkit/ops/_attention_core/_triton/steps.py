@@ -39,6 +39,7 @@ FAR, NEAR = tl.constexpr(0.8), tl.constexpr(0.4)  # below the maximum: where the
 LISTED = tl.constexpr(32)  # tiles of keys whose marks fit a number
 MOST_STEPS = tl.constexpr(13)  # of that search
 PARTS = tl.constexpr(8)  # of a row whose sums are kept apart, which spares threads from talking to each other
+_ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
 
 
@@ -115,7 +116,7 @@ def scores(s, bias, scale, softcap, factor, SOFTCAP: tl.constexpr, BIAS: tl.cons
 
 
 @triton.jit
-def raised_max(top, ties, CAP: tl.constexpr):
+def raised_max(top, tied, CAP: tl.constexpr):
     """The maximum of a tile (base-2 logarithms), moved away from the scores where several keys share it.
 
     Their probabilities are then no powers of two, and sums of values do not sit on rounding ties. Where the maximum is 0 it
@@ -123,7 +124,7 @@ def raised_max(top, ties, CAP: tl.constexpr):
     """
     away = tl.where(top > 0, tl.minimum(BETA * top, top + CAP), tl.minimum(0.0, top + CAP))
     away = tl.where(tl.abs(top) < 1e-6, LOG2E, away)
-    return tl.where(ties > 1, away, top)  # -inf stays where it is
+    return tl.where(tied, away, top)  # -inf stays where it is
 
 
 @triton.jit
@@ -137,50 +138,38 @@ def softmax_start(m, total, acc, NORM: tl.constexpr):
 
 
 @triton.jit
-def _parts(x):
-    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
-
-
-@triton.jit
 def softmax_step(t, c, v, state, GUARD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
     """Take a tile of scores c * t [rows, keys] and its values into the state. GUARD: a row may have seen nothing yet.
 
     Matrix units truncate what they add up. Where sums have to be close each tile is a product of its own, added to the output
-    when the next tile comes, so that nobody waits for it; rounded sums of rows come last, while the product is under way. (The
-    same sums as a product with ones were measured: they make the forward pass 1.5x slower.)
-
-    Nor do exponentials wait for the number of ties: they are taken below the plain maximum, and a factor of each row moves
-    them. Threads count the ties of their own part of a row, and talk about those that reach its maximum only.
+    when the next tile comes, so that nobody waits for it; sums of rows come last, while the product is under way. (The same
+    sums as a product with ones were measured: they make the forward pass 1.5x slower.)
     """
     if NORM == "softmax":
         m, total, acc = state
     else:
         m, total, acc, rounded, own, beta = state
+    top = tl.max(t, 1)
     if NORM == "dynamic_max":
-        most = tl.max(_parts(t), 1)
-        top = tl.max(most, 1)
+        # a comparison gives a float, and the unit for integers adds three at once; only the bits of one sum to those of one
+        same = tl.where(t == top[:, None], 1.0, 0.0).to(tl.int32, bitcast=True)
+        tied = tl.sum(same, 1) != _ONE
+        m_new = tl.maximum(m, raised_max(top * c, tied, 8.0 if v.dtype == tl.float16 else 30 * LOG2E))
     else:
-        top = tl.max(t, 1)
-    m_new = tl.maximum(m, top * c)
-    base = m_new
+        m_new = tl.maximum(m, top * c)
+    top = m_new
     if GUARD:
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
-    p = tl.exp2(t * c - base[:, None])
-    alpha = tl.exp2(m - base)
-    total = total * alpha + tl.sum(p, 1)
-    if NORM == "dynamic_max":
-        own_ties = tl.sum(tl.where(_parts(t) == most[:, None, :], 1.0, 0.0), 1)
-        ties = tl.sum(tl.where(most == top[:, None], own_ties, 0.0), 1)
-        raised = raised_max(top * c, ties, 8.0 if v.dtype == tl.float16 else 30 * LOG2E)
-        factor = tl.exp2(tl.minimum(base - raised, 0.0))
-        m_new, alpha, total, p = tl.maximum(m_new, raised), alpha * factor, total * factor, p * factor[:, None]
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
+    p = tl.exp2(t * c - top[:, None])
+    alpha = tl.exp2(m - top)
     if NORM == "softmax":
+        total = total * alpha + tl.sum(p, 1)
         return m_new, total, tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     else:
         acc = acc * beta[:, None] + own
         own = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
         rounded = rounded * alpha + tl.sum(rounded_to(p, v.dtype), 1)
-        return m_new, total, acc, rounded, own, alpha
+        return m_new, total * alpha + tl.sum(p, 1), acc, rounded, own, alpha
 
 
 @triton.jit
@@ -219,6 +208,11 @@ def entmax_pair(z, tau, factor, NORM: tl.constexpr):
         log = tl.log2(tl.where(x > 0, x, 1.0))
         p = tl.exp2(log / factor)
         return tl.where(x > 0, p, 0.0), tl.where(x > 0, tl.exp2(log * ((1.0 - factor) / factor)), 0.0)
+
+
+@triton.jit
+def _parts(x):
+    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
 
 
 @triton.jit
