@@ -29,7 +29,7 @@ def can_count(call: IndexedCall) -> bool:
 def count_rows(call: IndexedCall, index: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of the `Order` of one round of a call, whatever device it is on."""
     tables = [t for side in (call.queries, call.keys) for t in (_groups(side, index), side.keep)]
-    return _operator(call.base.q.detach(), call.base.k.detach(), *tables, call.num_groups, call.causal)  # type: ignore[no-any-return]
+    return _operator(call.base.q, call.base.k, *tables, call.num_groups, call.causal)  # type: ignore[no-any-return]
 
 
 def _groups(side: Side, index: int) -> Tensor | None:
