@@ -15,6 +15,7 @@ from attnkit.ops._chunkwise_core._triton import gates, gradients, outputs, state
 from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
 from attnkit.ops.expected_attention._triton import kernels as expected
+from attnkit.ops.indexed._triton.kernels import order
 from attnkit.ops.query_moments._triton.kernels import gather
 from attnkit.ops.ragged_decode._triton import kernels as ragged
 
@@ -166,6 +167,15 @@ RAGGED_VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("fp32", RAGGED | {"CODE": "int4", "BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_V": 32}, BIASED),
     ("fp32", RAGGED | {"CODE": "fp8", "BLOCK_N": 32, "BLOCK_D": 32, "BLOCK_V": 32}, (*ZEROS, *BIASED)),
 )
+ORDER_POINTERS = {"q_group": "i32", "k_group": "i64", "q_keep": "u8", "k_keep": "u8"}
+ORDER: dict[str, Any] = {
+    "PLACE": True, "CAUSAL": True, "STRICT": False, "BLOCK_R": 128, "SHARE": 1, "BLOCK_H": 8, "BLOCK_W": 4, "BLOCK_F": 1024,
+}  # fmt: skip
+ORDERS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (  # what differs, pointers that are absent
+    ({}, ("q_keep", "k_keep")),
+    ({"STRICT": True, "SHARE": 4, "BLOCK_H": 2, "BLOCK_W": 16}, ()),
+    ({"CAUSAL": False, "SHARE": 128, "BLOCK_H": 1, "BLOCK_W": 1, "kv_heads": 1, "num_groups": 1}, ("q_group", "k_group")),
+)
 WALKS = (forward.fwd, backward.bwd_dq, backward.bwd_dkdv)
 
 
@@ -246,6 +256,17 @@ def _compile_ragged(kernel: Any, dtype: str, flags: dict[str, Any], absent: tupl
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
 
 
+def _compile_order(changes: dict[str, Any], absent: tuple[str, ...], capability: int) -> None:
+    flags, signature, constants = ORDER | changes, {}, {}
+    numbers = order.arg_names[order.arg_names.index("batch") :]
+    for name in order.arg_names:
+        if name in flags or name in absent:
+            signature[name], constants[name] = "constexpr", flags.get(name)
+        else:
+            signature[name] = "i32" if name in numbers else "*" + ORDER_POINTERS.get(name, "i32")
+    triton.compile(ASTSource(order, signature, constants), target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
+
+
 if __name__ == "__main__":
     count = 0
     for capability in (80, 90):
@@ -274,6 +295,10 @@ if __name__ == "__main__":
         for variant in GATHERS:
             _compile_gather(*variant, capability)
             count += 1
+        for changes, absent in ORDERS:
+            for place in (False, True):
+                _compile_order(changes | {"PLACE": place}, absent, capability)
+                count += 1
         for variant in RAGGED_VARIANTS:
             _compile_ragged(ragged.decode, *variant, capability)
             count += 1

@@ -92,9 +92,10 @@ def _varlen(shape: Shape) -> Operator:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, q_bucket: Tensor, k_bucket: Tensor, num_buckets: int) -> Tensor:
         order = order_rows(prepare_hash(q, k, v, q_bucket, k_bucket, num_buckets=num_buckets))
-        rows = (gather(t.flatten(0, 2), where)[:, None] for t, where in ((q, order.queries), (k, order.keys), (v, order.keys)))
+        queries, keys = order.queries.long(), order.keys.long()  # what indexing takes, in one cast for all passes
+        rows = (gather(t.flatten(0, 2), where)[:, None] for t, where in ((q, queries), (k, keys), (v, keys)))
         out: Tensor = function(*rows, order.cu_q, order.cu_k, longest, longest, **causal)
-        return scatter(out[:, 0], order.queries).view(*q.shape[:3], -1)
+        return scatter(out[:, 0], queries).view(*q.shape[:3], -1)
 
     return attend
 

@@ -56,8 +56,9 @@ def indexed_attention(
         ShapeError, DTypeError, OptionError: an argument is wrong.
         UnsupportedError: a head width outside 16..256, or 2^31 rows over all heads.
         BackendUnavailable: the named backend refuses; the message lists its reasons.
-    Complexity: 2 * pairs * (D + Dv) operations for the pairs that are seen, over all heads, and two sorts; memory linear in
-        T and S: the order of the rows; on the CPU also copies of q, k, v and out in that order.
+    Complexity: 2 * pairs * (D + Dv) operations for the pairs that are seen, over all heads, and ordering the rows: on
+        a GPU, without positions and in up to 64 groups, rows are counted twice; otherwise there are two sorts. Memory is linear
+        in T and S: the order of the rows; on the CPU also copies of q, k, v and out in that order.
     Source: Pagliardini et al. 2023 (arXiv:2306.01160); sorted ranges instead of scanned tiles are our own.
 
     >>> import torch

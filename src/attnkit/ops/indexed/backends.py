@@ -27,7 +27,7 @@ _PACKED = next(backend for backend in ATTENTION if backend.name == "torch")
 def _in_place(base: AttentionCall, order: Order) -> tuple[Tensor, Tensor]:
     """Kernels that find rows where the order says."""
     q, k, v = (t.contiguous() for t in (base.q, base.k, base.v))  # the same rows in the backward pass
-    sequences = (order.cu_q, order.cu_k, order.q_pos, order.queries.int(), order.keys.int())
+    sequences = (order.cu_q, order.cu_k, order.q_pos, order.queries, order.keys)
     out, lse = run_triton(q, k, v, None, None, *sequences, base.scale, base.softcap, base.out_dtype)
     return out, lse
 

@@ -4,7 +4,8 @@ Sorted by (batch, key head, group, position), the keys that a query sees are one
 group to the last one that is not behind it. So attention over groups is attention of packed sequences, one for each batch
 element, key head and group, whose queries stand on given keys. The kernels find the rows by their order; what runs in plain
 torch gets copies in that order. Dropped rows are sorted to the end, behind the last boundary, where they belong to no
-sequence. Every size is known beforehand and nothing is read on the host.
+sequence. Rows without given positions come in their order, and on a GPU they are not sorted but counted. Every size is known
+beforehand and nothing is read on the host.
 """
 
 from dataclasses import dataclass, replace
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from attnkit._core.library import define, define_gradient
+from attnkit._core.triton.refusals import kernels_refuse
 from attnkit.ops.attention.call import AttentionCall
 from attnkit.ops.indexed.call import IndexedCall, Side
+from attnkit.ops.indexed.counting import can_count, count_rows
 
-__all__ = ["Order", "gather", "order_rows", "packed_call", "scatter"]
+__all__ = ["Order", "gather", "order_rows", "packed_call", "scatter", "sort_rows"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Order:
     """One round of a call as packed rows.
 
     Attributes:
-        queries, keys: [B * T * H] and [B * S * Hkv], which row of the flat tensors a packed row is.
+        queries, keys: [B * T * H] and [B * S * Hkv] int32, which row of the flat tensors a packed row is.
         cu_q, cu_k: [B * Hkv * num_groups + 1] int32, where sequences begin.
         q_pos: [B * T * H] int32, the last packed key that a packed query sees; before its sequence it sees none.
     """
@@ -38,7 +41,14 @@ class Order:
 
 
 def order_rows(call: IndexedCall, index: int = 0) -> Order:
-    """Sort the rows of one round."""
+    """The rows of one round: counted on a GPU where that can be, sorted elsewhere, which gives the same."""
+    device = call.base.q.device
+    counts = device.type == "cuda" and can_count(call) and not kernels_refuse(device, torch.int32)
+    return Order(*count_rows(call, index)) if counts else sort_rows(call, index)
+
+
+def sort_rows(call: IndexedCall, index: int) -> Order:
+    """The rows of one round by sorting, whatever the call is."""
     batch, num_q, heads = call.base.q.shape[:3]
     num_k, kv_heads = call.base.k.shape[1:3]
     count = batch * kv_heads * call.num_groups
@@ -68,7 +78,7 @@ def order_rows(call: IndexedCall, index: int = 0) -> Order:
             key = torch.where(kept, key, count * span)
         key = key.to(dtype).expand(batch, rows, of).reshape(-1)
         ordered, where = torch.sort(key, stable=True)
-        return ordered, where
+        return ordered, where.int()
 
     sorted_k, keys = sort_keys(call.keys, num_k, kv_heads, 0, False)
     sorted_q, queries = sort_keys(call.queries, num_q, heads, num_k - num_q, call.causal is None)
@@ -96,7 +106,7 @@ def _gather(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _scatter(x: Tensor, order: Tensor) -> Tensor:
-    return torch.empty_like(x).index_copy_(0, order, x)
+    return torch.empty_like(x).index_copy_(0, order.long(), x)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Kernels that order rows; loading this loads Triton."""
