@@ -302,10 +302,30 @@ def test_races_of_recurrences_are_quoted_as_they_were_run() -> None:
         row, *others = (dense[length, f"{peer}*"] for peer in ("fa4", "cudnn", "sdpa-flash"))
         times = [dense[length, "cudnn*"]["ours_ms"], row["peer_ms"], *(other["peer_ms"] for other in others)]
         assert [f"{length:,}", *(f"{ms:.1f}" for ms in times), f"{row['ratio']:.2f}"] in lines
+    lengths = _race("mlstm-lengths")
+    for tokens, gates in ((512, "exp"), (512, "sigmoid"), (65536, "exp"), (65536, "sigmoid")):
+        found = both([row for row in lengths if (row["shape"]["T"], row["shape"]["gates"]) == (tokens, gates)])
+        assert found in [line[2:] for line in lines]
     for row in (*_race("mlstm_step"), *_race("scalar_decay_step")):
         if row["peer"] == "attnkit:torch":
             found = [f"{1e3 * row['ours_ms']:.0f}", f"{row['bandwidth_share']:.2f}", f"{row['ratio']:.1f}"]
             assert found in [line[1:] for line in lines]
+
+
+def test_races_of_the_cache_are_quoted_as_they_were_run() -> None:
+    rows = {(row["shape"]["B"], row["shape"]["T"], row["peer"]): row for row in _race("expected_attention_scores")}
+    table = _race_table("kv.md", "What choosing costs")
+    assert len(table) == len(rows) // 2
+    for what, ms, share, peer_ms, ratio in table:
+        batch, tokens = (int(part.replace(",", "")) for part in what.split(" x "))
+        peer, layer = (rows[batch, tokens, f"{name}*"] for name in ("kvpress-unjudged", "llama-8b-layer"))
+        assert [f"{peer['ours_ms']:.2f}", f"{peer['peer_ms']:.2f}", f"{peer['ratio']:.1f}"] == [ms, peer_ms, ratio]
+        assert f"{100 / layer['ratio']:.1f} %" == share
+    page = (DOCS / "ragged.md").read_text(encoding="utf-8")
+    for row in _race("ragged_decode_attention-int4"):
+        numbers = [f"{1e3 * ms:,.0f}" for ms in (row["ours_ms"], row["peer_ms"])]
+        cells = [f"{row['shape']['B']} x {row['shape']['S']:,}", *numbers, f"{row['ratio']:.1f}"]
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_methods_are_described() -> None:

@@ -39,7 +39,6 @@ FAR, NEAR = tl.constexpr(0.8), tl.constexpr(0.4)  # below the maximum: where the
 LISTED = tl.constexpr(32)  # tiles of keys whose marks fit a number
 MOST_STEPS = tl.constexpr(13)  # of that search
 PARTS = tl.constexpr(8)  # of a row whose sums are kept apart, which spares threads from talking to each other
-_ONE = tl.constexpr(0x3F800000)  # the bits of 1.0
 BETA = tl.constexpr(4.0)  # how far a tied maximum moves; Qiu and Yao 2025 (arXiv:2510.04212) use 2 to 8
 
 
@@ -116,7 +115,7 @@ def scores(s, bias, scale, softcap, factor, SOFTCAP: tl.constexpr, BIAS: tl.cons
 
 
 @triton.jit
-def raised_max(top, tied, CAP: tl.constexpr):
+def raised_max(top, ties, CAP: tl.constexpr):
     """The maximum of a tile (base-2 logarithms), moved away from the scores where several keys share it.
 
     Their probabilities are then no powers of two, and sums of values do not sit on rounding ties. Where the maximum is 0 it
@@ -124,7 +123,7 @@ def raised_max(top, tied, CAP: tl.constexpr):
     """
     away = tl.where(top > 0, tl.minimum(BETA * top, top + CAP), tl.minimum(0.0, top + CAP))
     away = tl.where(tl.abs(top) < 1e-6, LOG2E, away)
-    return tl.where(tied, away, top)  # -inf stays where it is
+    return tl.where(ties > 1, away, top)  # -inf stays where it is
 
 
 @triton.jit
@@ -151,10 +150,8 @@ def softmax_step(t, c, v, state, GUARD: tl.constexpr, NORM: tl.constexpr, PRECIS
         m, total, acc, rounded, own, beta = state
     top = tl.max(t, 1)
     if NORM == "dynamic_max":
-        # a comparison gives a float, and the unit for integers adds three at once; only the bits of one sum to those of one
-        same = tl.where(t == top[:, None], 1.0, 0.0).to(tl.int32, bitcast=True)
-        tied = tl.sum(same, 1) != _ONE
-        m_new = tl.maximum(m, raised_max(top * c, tied, 8.0 if v.dtype == tl.float16 else 30 * LOG2E))
+        ties = tl.sum(tl.where(t == top[:, None], 1.0, 0.0), 1)
+        m_new = tl.maximum(m, raised_max(top * c, ties, 8.0 if v.dtype == tl.float16 else 30 * LOG2E))
     else:
         m_new = tl.maximum(m, top * c)
     top = m_new
