@@ -23,6 +23,7 @@ WHOLE = (
     "scfa-lm-8-buckets",
     "kv-needles",
     "kv-recall-cpu",
+    "kv-recall",
 )  # their tables are quoted as they are
 SCHEMA = ROOT / "src" / "attnkit" / "report" / "schemas" / "attnkit.claim-1.json"
 
