@@ -41,11 +41,10 @@ class About:
 
 
 def bases() -> tuple[About, ...]:
-    """All base methods, in the order of registration."""
-    scorers.load()
+    """All base methods, by their names."""
     ready = set(methods(ready=True))
     found = []
-    for name in BASES:
+    for name in methods():
         method = BASES[name]
         options = _options(method)
         if name in ready:
@@ -57,9 +56,9 @@ def bases() -> tuple[About, ...]:
 
 
 def wrappers() -> tuple[About, ...]:
-    """All wrappers, in the order of registration."""
+    """All wrappers, by their names."""
     scorers.load()
-    return tuple(_about(name, WRAPPERS[name], _options(WRAPPERS[name], skip=1), ()) for name in WRAPPERS)
+    return tuple(_about(name, WRAPPERS[name], _options(WRAPPERS[name], skip=1), ()) for name in sorted(WRAPPERS))
 
 
 def aliases() -> dict[str, str]:

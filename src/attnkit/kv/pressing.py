@@ -83,6 +83,10 @@ class Press:
                 f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1"
             )
 
+    def __str__(self) -> str:
+        """As `attnkit.kv.write` writes it; put together by hand, all of its parts."""
+        return _written(self) if self.spec else repr(self)
+
     @property
     def name(self) -> str:
         """The spec it was made of."""
@@ -211,6 +215,10 @@ class Chain:
 
     presses: tuple[Press, ...]
 
+    def __str__(self) -> str:
+        """As `attnkit.kv.write` writes it; where a part was put together by hand, all of all parts."""
+        return _written(self) if all(press.spec for press in self.presses) else repr(self)
+
     @property
     def name(self) -> str:
         """The specs, joined by "+"."""
@@ -244,6 +252,12 @@ class Chain:
             press.after_pass(passed)
 
 
+def _written(press: Press | Chain) -> str:
+    from attnkit.kv.notation import write  # which makes presses
+
+    return write(press)
+
+
 def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     """Make a press.
 
@@ -272,13 +286,13 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
 
 
 def methods(*, ready: bool = False) -> tuple[str, ...]:
-    """The names of the base methods.
+    """The names of the base methods, sorted.
 
     Args:
         ready: only those that need no weights or other options, which are all that `press(name)` makes.
     """
     scorers.load()
-    return tuple(name for name in BASES if not ready or _makes(name))
+    return tuple(name for name in sorted(BASES) if not ready or _makes(name))
 
 
 def _makes(name: str) -> bool:
