@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from attnkit._core.errors import OptionError
 from attnkit.kv import scorers
-from attnkit.kv.pressing import methods, press
+from attnkit.kv.pressing import press
 from attnkit.kv.registry import ALIASES, BASES, WRAPPERS
 
-__all__ = ["About", "aliases", "bases", "wrappers"]
+__all__ = ["About", "aliases", "bases", "methods", "wrappers"]
 
 _WORDS = {
     "hidden": "hidden states",
@@ -40,6 +41,16 @@ class About:
     options: dict[str, Any]
 
 
+def methods(*, ready: bool = False) -> tuple[str, ...]:
+    """The names of the base methods, sorted.
+
+    Args:
+        ready: only those that need no weights or other options, which are all that `press(name)` makes.
+    """
+    scorers.load()
+    return tuple(name for name in sorted(BASES) if not ready or _makes(name))
+
+
 def bases() -> tuple[About, ...]:
     """All base methods, by their names."""
     ready = set(methods(ready=True))
@@ -65,6 +76,14 @@ def aliases() -> dict[str, str]:
     """Other names -> specs."""
     scorers.load()
     return dict(ALIASES)
+
+
+def _makes(name: str) -> bool:
+    try:
+        press(name)
+    except OptionError:
+        return False
+    return True
 
 
 def _options(function: Callable[..., Any], skip: int = 0) -> dict[str, Any]:

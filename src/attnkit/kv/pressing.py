@@ -11,11 +11,11 @@ from attnkit.kv import scorers
 from attnkit.kv.budgets import Budget, Uniform
 from attnkit.kv.context import LayerCall, ScoreContext, Stored
 from attnkit.kv.notes import Notes
-from attnkit.kv.registry import BASES, build
+from attnkit.kv.registry import build
 from attnkit.kv.schedules import AfterPrefill, Schedule
 from attnkit.kv.selectors import Kept, Selector, TopK
 
-__all__ = ["Chain", "Press", "Scorer", "Transform", "methods", "press", "read"]
+__all__ = ["Chain", "Press", "Scorer", "Transform", "press", "read"]
 
 
 class Scorer(Protocol):
@@ -283,24 +283,6 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
             f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))"
         )
     return Chain(tuple(build(part, ratio, {}) for part in parts))
-
-
-def methods(*, ready: bool = False) -> tuple[str, ...]:
-    """The names of the base methods, sorted.
-
-    Args:
-        ready: only those that need no weights or other options, which are all that `press(name)` makes.
-    """
-    scorers.load()
-    return tuple(name for name in sorted(BASES) if not ready or _makes(name))
-
-
-def _makes(name: str) -> bool:
-    try:
-        press(name)
-    except OptionError:
-        return False
-    return True
 
 
 def read(values: dict[str, Any]) -> Press | Chain:
