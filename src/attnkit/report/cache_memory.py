@@ -44,7 +44,11 @@ def _draw(document: Mapping[str, Any]) -> Section:
         "Promised: 1 - ratio. Tokens kept: mean share of the context that a head stores. KV MiB: all tensors of the cache. "
         "Held: in use when the context was read, beyond before, as the allocator counts. Peak: the largest such meanwhile."
     )
-    figure = Figure("Bytes of the cache", lambda prefix: _inline(prefix, rows), "Dashed: dense. Promised: (1 - ratio) of it.")
+    figure = Figure(
+        "Bytes of the cache",
+        lambda prefix: _inline(prefix, rows),
+        "Held in tensors: KV MiB. Dashed: dense. Promised: (1 - ratio) of it.",
+    )
     return Section("Memory of the cache", facts, [Table("Memory", headers, cells, note), figure])
 
 
@@ -78,7 +82,7 @@ def _bars(axes: "Axes", rows: Sequence[Row], color: str, muted: str, ink: str) -
     """For each method what its cache holds, and what the ratio promises."""
     pressed = [(place, promised) for place, row in enumerate(rows) if (promised := _promised(row, rows)) is not None]
     held = [row["kv_mib"] for row in rows]
-    axes.barh([place - 0.19 for place in range(len(rows))], held, height=0.36, color=color, label="held")
+    axes.barh([place - 0.19 for place in range(len(rows))], held, height=0.36, color=color, label="held in tensors")
     if pressed:
         places, promises = zip(*pressed, strict=True)
         axes.barh([place + 0.19 for place in places], promises, height=0.36, color=muted, alpha=0.45, label="promised")

@@ -180,7 +180,7 @@ def test_bars_are_as_long_as_the_bytes() -> None:
     held, promised = ([bar.get_width() for bar in bars] for bars in axes.containers)
     assert (held, promised) == ([8.0, 3.0, 2.5], [2.0])
     assert list(axes.lines[0].get_xdata()) == [8.0, 8.0]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "held", "promised"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "held in tensors", "promised"]
     assert [label.get_text() for label in axes.get_yticklabels()] == [*list(named)[:2], "qfilter:filters=xx…xxxxxxxxxxxxx@0.75"]
 
 
