@@ -1,6 +1,7 @@
 """`attnkit kv`: what it lists, asks for, prints and refuses."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from attnkit.lab import compare
 from attnkit.testing import tiny_model
 from compare_examples import SENTENCES, byte_tokenizer
 
-TASKS = {"all": ("text", "needle"), "needle": ("needle",), "text": ("text",)}
+TASKS = {"all": ("all",), "needle": ("needle",), "text,vt": ("text", "vt")}
 
 
 def invoke(*arguments: object) -> Result:
@@ -45,7 +46,7 @@ def test_list_names_every_method_and_wrapper_in_a_hundred_columns() -> None:
     assert max(map(len, result.stdout.splitlines())) <= 100
     listed = json.loads(invoke("kv", "list", "--json").stdout)
     assert [method["name"] for method in listed["methods"]] == list(kv.methods())
-    assert listed["methods"][0]["options"] == {"window": 64, "kernel": 5}
+    assert next(m for m in listed["methods"] if m["name"] == "snapkv")["options"] == {"window": 64, "kernel": 5}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -94,12 +95,24 @@ def test_a_run_prints_memory_scores_and_answers(place: Path, tmp_path: Path) -> 
         assert title in page
 
 
-def test_memory_is_one_table_or_one_object(place: Path) -> None:
-    command = ["kv", "memory", "--press", "knorm", "--ratio", "0,.5", "--codec", "int8", *given(place)]
+def test_other_questions_have_columns_and_answers_of_their_own(place: Path, tmp_path: Path) -> None:
+    source = [*given(place)[:-1], 1280]
+    result = invoke("kv", "run", "--press", "adakv:knorm", "--task", "needle,assoc,vt", *source, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"press +ratio +pass-keys \(95 %\) +vt +assoc +loss", result.stdout)
+    for words in ("key", "vt", "assoc"):
+        assert len(re.findall(rf"^adakv:knorm@0.5, {words} \d{{5}} at \d+ %, missed: ", result.stdout, re.M)) == 3
+    assert max(map(len, result.stdout.splitlines()[:8])) <= 100
+
+
+def test_memory_is_one_table_or_one_object(place: Path, tmp_path: Path) -> None:
+    command = ["kv", "memory", "--press", "knorm", "--ratio", "0,.5", "--codec", "int8", *given(place), "--out", tmp_path]
     result = invoke(*command, "--quiet")
     assert result.exit_code == 0, result.output
     for word in ("dense:codec=int8", "knorm:codec=int8@0.5", "promised", "held MiB"):
         assert word in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "memory.png", "results.json"]
+    assert "Bytes of the cache" in (tmp_path / "index.html").read_text()
     document = json.loads(invoke(*command, "--json").stdout)
     assert [row["method"] for row in document["rows"]] == ["dense", "dense:codec=int8", "knorm:codec=int8@0.5"]
 
@@ -113,7 +126,7 @@ def test_what_is_calibrated_can_be_used(place: Path, tmp_path: Path) -> None:
     assert "3 pieces read" in result.stdout
     assert set(load_file(path)) == {"query_mean", "query_cov", "q_filters", "duo"}
     presses = f"qfilter:filters={path},expected_attention_stats:stats={path},duo_attention:pattern={path}"
-    used = invoke("kv", "memory", "--press", presses, *given(place), "--json")
+    used = invoke("kv", "memory", "--press", presses, *given(place), "--json", "--out", tmp_path / "memory")
     assert used.exit_code == 0, used.output
     assert len(json.loads(used.stdout)["rows"]) == 4
 
@@ -126,6 +139,7 @@ def test_what_is_calibrated_can_be_used(place: Path, tmp_path: Path) -> None:
         (["sweep", "--press", "knorm", "--ratio", "half"], 2, "'half' has an item that is no number"),
         (["run", "--press", "knorm", "--ratio", "1"], 2, "--ratio"),
         (["run", "--press", "knorm", "--length", "1k,2k"], 2, "'1k,2k' is several lengths; give one"),
+        (["run", "--press", "knorm", "--task", "vtt"], 4, "tasks=vtt is not allowed; give some of text, needle, vt, cwe"),
         (["memory", "--press", "qfilter"], 4, "qfilter"),
         (["memory", "--press", "knorm", "--model", "no-such"], 4, "model 'no-such' is neither a folder"),
         (["calibrate", "--what", "duos", "--out", "x.safetensors"], 4, "what=('duos',) is not allowed"),

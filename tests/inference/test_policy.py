@@ -66,6 +66,15 @@ def test_registries_hold_what_a_policy_takes():
     assert [type(POSITIONS[name]()) for name in POSITIONS] == [PI, NTK, YaRN]
 
 
+def test_public_names_stay_what_they_are_when_every_module_is_imported():
+    code = (
+        "import importlib, pkgutil, types; from attnkit import inference; "
+        "[importlib.import_module(f'attnkit.inference.{each.name}') for each in pkgutil.iter_modules(inference.__path__)]; "
+        "print([name for name in inference.__all__ if isinstance(getattr(inference, name), types.ModuleType)])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
 def test_available_names_can_be_applied():
     model, ids = tiny_model("llama"), prompt(1, 8)
     assert available()[:6] == ("dense", "window", "hash", "pi", "ntk", "yarn")

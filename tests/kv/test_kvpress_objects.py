@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kvpress_peer import peer
+from transformers import DynamicCache
 
 from attnkit import inference, kv
 from attnkit._core.errors import PolicyError
@@ -59,6 +60,37 @@ def test_theirs_keep_what_ours_keep(name, family):
         SIZE // 2 for layer in found for row in layer for _ in row
     )
     assert [sorted(vars(layer.self_attn)) for layer in model.model.layers] == before
+
+
+def test_their_heads_with_budgets_of_their_own_hold_all_bytes_and_ours_let_them_go():
+    kvpress = peer()
+    model, size = tiny_model("llama"), 1024
+    ids = torch.randint(1, 61, (1, size), generator=torch.Generator().manual_seed(1))
+    layers = [layer.self_attn for layer in model.model.layers]
+
+    def weight(press):
+        cache = DynamicCache()
+        with torch.no_grad(), press(model):
+            model(ids, past_key_values=cache)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+    # transformers no longer tells layers where a pass begins, which the peer asks for
+    given = {"cache_position": torch.arange(size)}
+    hooks = [each.register_forward_pre_hook(lambda _, args, kw: (args, {**kw, **given}), with_kwargs=True) for each in layers]
+    dense = weight(kvpress.SnapKVPress(0.0))
+    theirs = weight(kvpress.AdaKVPress(kvpress.SnapKVPress(0.5)))
+    alike = weight(kvpress.SnapKVPress(0.5))  # the same number of keys in each head: those it cuts off
+    hidden = [len(each.masked_key_indices[0]) for each in layers]
+    for hook in hooks:
+        hook.remove()
+    for each in layers:
+        del each.masked_key_indices
+    assert theirs == dense == 2 * alike
+    assert hidden == [size * model.config.num_key_value_heads // 2] * len(layers)  # it did choose half of them
+    with torch.no_grad(), inference.apply(model, inference.Policy(cache=kv.press("adakv:snapkv", ratio=0.5))) as h:
+        cache = h.new_cache()
+        model(ids, past_key_values=cache)
+        assert cache.nbytes() < 0.6 * dense  # positions and tails of pages included
 
 
 @pytest.mark.parametrize("name", ["KeyRerotationPress", "ThinKPress", "MergingPress"])

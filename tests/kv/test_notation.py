@@ -1,8 +1,11 @@
 """Presses in one word, and the words about them."""
 
+import subprocess
+import sys
+
 import pytest
 
-from attnkit import kv
+from attnkit import inference, kv
 from attnkit._core.errors import OptionError
 from attnkit.kv.registry import BASES, WRAPPERS
 
@@ -51,10 +54,24 @@ def test_what_cannot_be_made_says_why(text, message):
         kv.parse(text)
 
 
+@pytest.mark.parametrize(
+    "first", ["attnkit.kv", "attnkit.kv.scorers.replay", "attnkit.kv.compat", "attnkit.lab.compare.methods"]
+)
+def test_the_order_of_names_does_not_depend_on_what_was_imported_first(first):
+    code = (
+        f"import {first}; from attnkit import inference, kv; "
+        "print(kv.methods(), inference.available(), [each.name for each in kv.catalogue.wrappers()], sep='\\n')"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    names = (kv.methods(), inference.available(), [each.name for each in kv.catalogue.wrappers()])
+    assert told.splitlines() == [str(each) for each in names]
+    assert list(kv.methods()) == sorted(kv.methods())
+
+
 def test_the_catalogue_says_something_of_every_method():
     bases, wrappers = kv.catalogue.bases(), kv.catalogue.wrappers()
-    assert [each.name for each in bases] == list(BASES) == list(kv.methods())
-    assert [each.name for each in wrappers] == list(WRAPPERS)
+    assert [each.name for each in bases] == sorted(BASES) == list(kv.methods())
+    assert [each.name for each in wrappers] == sorted(WRAPPERS)
     assert all(each.summary.endswith(".") for each in (*bases, *wrappers))
     assert [each.name for each in bases if not each.source] == ["random"]
     files = {each.name: each.needs for each in bases if any("FILE" in need for need in each.needs)}

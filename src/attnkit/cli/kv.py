@@ -31,7 +31,6 @@ from attnkit.cli._listener import Listener
 
 MEMORY_HINT = "finished parts are kept; use a shorter --length, --dtype bf16, or --device cpu"
 CODECS = ("int8", "int4", "fp8")
-TASKS = {"needle": ("needle",), "text": ("text",), "all": ("text", "needle")}
 _Command = Callable[..., Any]
 
 _model = click.option(
@@ -48,13 +47,19 @@ _length = click.option(
 _codec = click.option("--codec", type=click.Choice(CODECS), default=None, help="Write the cache in 8 or 4 bits.")
 _task = click.option(
     "--task",
-    type=click.Choice(list(TASKS)),
-    default="all",
+    "tasks",
+    default="text,needle",
     show_default=True,
-    help="needle: pass-keys; text: loss of the text's last tokens; all: both.",
+    callback=parse_names,
+    metavar="A,B,..|all",
+    help="text: loss of its last tokens; needle: pass-keys; vt, cwe, fwe, assoc: chains, counts and pairs in the text.",
 )
 _trials = click.option(
-    "--trials", type=click.IntRange(min=1), default=1, show_default=True, help="Texts, and keys at each depth."
+    "--trials",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Texts, and questions of each task at each depth.",
 )
 _aware = click.option("--query-aware", is_flag=True, help="Read the question with the context, before keys are dropped.")
 
@@ -118,7 +123,7 @@ def _list(as_json: bool) -> None:
 @_length
 @_measured
 def _run(press: str, ratio: float, length: int, **options: Any) -> None:
-    """Press the cache of a model and ask it for pass-keys, next to the same model with everything in its cache.
+    """Press the cache of a model and ask it about a text, next to the same model with everything in its cache.
 
     Writes results.json, results.csv, curves.png and index.html into --out (default: attnkit-kv-run).
     """
@@ -128,14 +133,15 @@ def _run(press: str, ratio: float, length: int, **options: Any) -> None:
             for trial in row["trials"]:
                 verdict = "found" if trial["hit"] else "missed"
                 answer = trial["answer"].replace("\n", " ")
-                click.echo(f"{row['method']}, key {trial['key']} at {100 * trial['depth']:.0f} %, {verdict}: {answer}")
+                wanted = f"{'key' if trial['task'] == 'needle' else trial['task']} {trial['key']}"
+                click.echo(f"{row['method']}, {wanted} at {100 * trial['depth']:.0f} %, {verdict}: {answer}")
 
 
 @verb(
     "sweep",
     examples=(
         "attnkit kv sweep --press expected_attention,snapkv,knorm --ratio 0,.25,.5,.75 --task needle --length 8k",
-        "attnkit kv sweep --press snapkv,adakv:snapkv --ratio .5,.9 --codec int4 --trials 5 --out runs/kv --resume",
+        "attnkit kv sweep --press snapkv,adakv:snapkv --ratio .5,.9 --codec int4 --task needle,assoc,vt --out runs/kv --resume",
     ),
     python='from attnkit.lab import compare\ncompare.sweep(presses=["snapkv", "knorm"], ratios=[0, 0.5], lengths=[2048])',
     memory_hint=MEMORY_HINT,
@@ -159,9 +165,7 @@ def _sweep(press: tuple[str, ...], ratios: tuple[float, ...], lengths: tuple[int
     _swept(Path("attnkit-kv-sweep"), presses=press, ratios=ratios, lengths=lengths, **options)
 
 
-def _swept(
-    folder: Path, *, task: str, device: str, dtype: str, out: Path | None, as_json: bool, quiet: bool, **given: Any
-) -> Any:
+def _swept(folder: Path, *, device: str, dtype: str, out: Path | None, as_json: bool, quiet: bool, **given: Any) -> Any:
     from attnkit.lab import compare
     from attnkit.report import presses
 
@@ -169,7 +173,6 @@ def _swept(
     with Listener("comparing", folder, silent=quiet or as_json).listening() as listener:
         document = compare.sweep(
             **given,
-            tasks=TASKS[task],
             device=place,
             dtype=resolve_dtype(dtype, place),
             out=folder,
@@ -199,26 +202,31 @@ def _swept(
 @_text
 @device_option
 @dtype_option
+@out_option
 @json_option
 @quiet_option
 def _memory(
-    press: tuple[str, ...], ratios: tuple[float, ...], codec: str | None, device: str, dtype: str, as_json: bool, quiet: bool,
-    **given: Any,
+    press: tuple[str, ...], ratios: tuple[float, ...], codec: str | None, device: str, dtype: str, out: Path | None,
+    as_json: bool, quiet: bool, **given: Any,
 ) -> None:  # fmt: skip
-    """Weigh the cache after one context: its tensors and what the allocator holds, next to the ratio and to dense."""
+    """Weigh the cache after one context: its tensors and what the allocator holds, next to the ratio and to dense.
+
+    Writes results.json, memory.png and index.html into --out (default: attnkit-kv-memory).
+    """
     from attnkit.lab import compare
 
-    place = resolve_device(device)
-    with Listener("weighing", Path(), silent=quiet or as_json, advice="nothing is written").listening() as listener:
+    place, folder = resolve_device(device), out or Path("attnkit-kv-memory")
+    with Listener("weighing", folder, silent=quiet or as_json, advice="nothing is written").listening() as listener:
         document = compare.memory(
             methods=compare.grid(press, ratios, codec),
             device=place,
             dtype=resolve_dtype(dtype, place),
+            out=folder,
             on_event=listener.hear,
             command=_line(),
             **given,
         )
-    emit(document, as_json, *section_of(document)[0])
+    emit(document, as_json, *section_of(document)[0], f"report: {folder / 'index.html'}   data: {folder / 'results.json'}")
 
 
 @verb(

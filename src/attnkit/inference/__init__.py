@@ -41,7 +41,7 @@ __getattr__, __dir__ = lazy_attributes(
         "YaRN": "attnkit.inference.positions",
         "apply": "attnkit.inference.applied",
         "available": "attnkit.inference.policy",
-        "calibrate": "attnkit.inference.calibrate",
+        "calibrate": "attnkit.inference.calibrating",
         "generate_with_context": "attnkit.inference.answers",
         "reconstruction_error": "attnkit.inference.reconstruction",
         "register_entmax": "attnkit.inference.entmax",

@@ -45,7 +45,7 @@ __getattr__, __dir__ = lazy_attributes(
         "evicted_moments": "attnkit.kv.compaction",
         "expected_attention_scores": "attnkit.kv.expected",
         "match_attention": "attnkit.kv.compaction",
-        "methods": "attnkit.kv.pressing",
+        "methods": "attnkit.kv.catalogue",
         "moment_partial": "attnkit.kv.compaction",
         "parse": "attnkit.kv.notation",
         "press": "attnkit.kv.pressing",

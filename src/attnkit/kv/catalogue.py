@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from attnkit._core.errors import OptionError
 from attnkit.kv import scorers
-from attnkit.kv.pressing import methods, press
+from attnkit.kv.pressing import press
 from attnkit.kv.registry import ALIASES, BASES, WRAPPERS
 
-__all__ = ["About", "aliases", "bases", "wrappers"]
+__all__ = ["About", "aliases", "bases", "methods", "wrappers"]
 
 _WORDS = {
     "hidden": "hidden states",
@@ -40,12 +41,21 @@ class About:
     options: dict[str, Any]
 
 
-def bases() -> tuple[About, ...]:
-    """All base methods, in the order of registration."""
+def methods(*, ready: bool = False) -> tuple[str, ...]:
+    """The names of the base methods, sorted.
+
+    Args:
+        ready: only those that need no weights or other options, which are all that `press(name)` makes.
+    """
     scorers.load()
+    return tuple(name for name in sorted(BASES) if not ready or _makes(name))
+
+
+def bases() -> tuple[About, ...]:
+    """All base methods, by their names."""
     ready = set(methods(ready=True))
     found = []
-    for name in BASES:
+    for name in methods():
         method = BASES[name]
         options = _options(method)
         if name in ready:
@@ -57,15 +67,23 @@ def bases() -> tuple[About, ...]:
 
 
 def wrappers() -> tuple[About, ...]:
-    """All wrappers, in the order of registration."""
+    """All wrappers, by their names."""
     scorers.load()
-    return tuple(_about(name, WRAPPERS[name], _options(WRAPPERS[name], skip=1), ()) for name in WRAPPERS)
+    return tuple(_about(name, WRAPPERS[name], _options(WRAPPERS[name], skip=1), ()) for name in sorted(WRAPPERS))
 
 
 def aliases() -> dict[str, str]:
     """Other names -> specs."""
     scorers.load()
     return dict(ALIASES)
+
+
+def _makes(name: str) -> bool:
+    try:
+        press(name)
+    except OptionError:
+        return False
+    return True
 
 
 def _options(function: Callable[..., Any], skip: int = 0) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from attnkit.kv import scorers
 from attnkit.kv.budgets import Budget, Uniform
 from attnkit.kv.context import LayerCall, ScoreContext, Stored
 from attnkit.kv.notes import Notes
-from attnkit.kv.registry import BASES, build
+from attnkit.kv.registry import build
 from attnkit.kv.schedules import AfterPrefill, Schedule
 from attnkit.kv.selectors import Kept, Selector, TopK
 
-__all__ = ["Chain", "Press", "Scorer", "Transform", "methods", "press", "read"]
+__all__ = ["Chain", "Press", "Scorer", "Transform", "press", "read"]
 
 
 class Scorer(Protocol):
@@ -82,6 +82,10 @@ class Press:
             raise OptionError(
                 f"ratio={self.ratio} is not allowed; it is the fraction removed, from 0 up to but not including 1"
             )
+
+    def __str__(self) -> str:
+        """As `attnkit.kv.write` writes it; put together by hand, all of its parts."""
+        return _written(self) if self.spec else repr(self)
 
     @property
     def name(self) -> str:
@@ -211,6 +215,10 @@ class Chain:
 
     presses: tuple[Press, ...]
 
+    def __str__(self) -> str:
+        """As `attnkit.kv.write` writes it; where a part was put together by hand, all of all parts."""
+        return _written(self) if all(press.spec for press in self.presses) else repr(self)
+
     @property
     def name(self) -> str:
         """The specs, joined by "+"."""
@@ -244,6 +252,12 @@ class Chain:
             press.after_pass(passed)
 
 
+def _written(press: Press | Chain) -> str:
+    from attnkit.kv.notation import write  # which makes presses
+
+    return write(press)
+
+
 def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
     """Make a press.
 
@@ -269,24 +283,6 @@ def press(spec: str, *, ratio: float = 0.5, **options: Any) -> Press | Chain:
             f"options={sorted(options)} cannot be told apart between {spec!r}; join presses with kv.Chain((a, b))"
         )
     return Chain(tuple(build(part, ratio, {}) for part in parts))
-
-
-def methods(*, ready: bool = False) -> tuple[str, ...]:
-    """The names of the base methods.
-
-    Args:
-        ready: only those that need no weights or other options, which are all that `press(name)` makes.
-    """
-    scorers.load()
-    return tuple(name for name in BASES if not ready or _makes(name))
-
-
-def _makes(name: str) -> bool:
-    try:
-        press(name)
-    except OptionError:
-        return False
-    return True
 
 
 def read(values: dict[str, Any]) -> Press | Chain:

@@ -5,7 +5,7 @@ from typing import Any
 
 from attnkit.report import compare_plots as plots
 from attnkit.report import presses
-from attnkit.report.compare_results import Results, Row
+from attnkit.report.compare_results import Results, Row, asked
 from attnkit.report.page import Block, Figure, Section, SectionSpec, Table
 from attnkit.report.tables import ABSENT, BEST, TIMES, interval, number
 
@@ -93,6 +93,11 @@ def _hits(row: Row) -> str:
     return f"{row['passkey_hits']}/{row['passkey_trials']}" if row["passkey_trials"] else ABSENT
 
 
+def _right(row: Row, task: str) -> str:
+    found = asked(row, task)
+    return ABSENT if found is None else f"{found['hits']}/{found['trials']}"
+
+
 def _passkeys(row: Row) -> str:
     if not row["passkey_trials"]:
         return ABSENT
@@ -102,13 +107,14 @@ def _passkeys(row: Row) -> str:
 
 
 def _quality(results: Results) -> list[Block]:
-    headers = ["length", "method", "loss (95 %)", "pass-keys (95 %)", "agreement", "KL, nats"]
+    headers = ["length", "method", "loss (95 %)", "pass-keys (95 %)", *results.tasks, "agreement", "KL, nats"]
     cells = []
     for length in results.lengths:
         rows = results.at(length)
         columns = [
             _marked(rows, "loss", min, lambda row: interval(row["loss"], row.get("loss_low"), row.get("loss_high"), 3)),
             _marked(rows, "passkey_hits", max, _passkeys),
+            *([_right(row, task) for row in rows] for task in results.tasks),
             [f"{100 * row['agreement']:.1f} %" if row.get("agreement") is not None else ABSENT for row in rows],
             [number(row.get("kl")) for row in rows],
         ]
@@ -120,6 +126,7 @@ def _quality(results: Results) -> list[Block]:
         "in nats; lower is better. Pass-keys: keys hidden at several depths and asked for at the end. "
         f"Agreement: same next token as {base}."
     )
+    note += f" Right answers: {', '.join(results.tasks)}." if results.tasks else ""
     return [Table("Quality", headers, cells, note, grouped=True), *_quality_figures(results)]
 
 
@@ -129,7 +136,7 @@ def _quality_figures(results: Results) -> list[Figure]:
     if any(row["loss"] is not None for row in rows):
         whiskers = "Left is better; each length has its own scale. Bars: 95 % intervals. Dashed: the baseline."
         figures.append(Figure("Loss", lambda prefix: plots.losses(prefix, results), whiskers))
-    if any(row.get("trials") for row in rows):
+    if any(row["passkey_trials"] and row.get("trials") for row in rows):
         start = "0 % is the start of the text."
         figures.append(Figure("Pass-keys by depth", lambda prefix: plots.depths(prefix, results), start))
     if len(results.lengths) > 1 and any(row["passkey_trials"] for row in rows):

@@ -55,9 +55,9 @@ def _whisker(axes: "Axes", row: Row, place: int) -> None:
 
 def depths(prefix: str, results: Results) -> str:
     """Share of pass-keys found, depth in the text x method, one panel a length."""
-    lengths = [length for length in results.lengths if any(row.get("trials") for row in results.at(length))][-_PANELS:]
+    lengths = [length for length in results.lengths if any(map(_keys, results.at(length)))][-_PANELS:]
     height = 1.0 + 0.3 * len(results.methods)
-    missed = sum(not trial["hit"] for row in results.rows.values() for trial in row.get("trials") or ())
+    missed = sum(not trial["hit"] for row in results.rows.values() for trial in _keys(row))
     alt = f"Heat map of pass-keys found by depth and method; {missed} trials missed in all."
     with canvas(prefix, _WIDTH, height, len(lengths), alt=alt, share_y=True) as drawn:
         for axes, length in zip(drawn.axes, lengths, strict=True):
@@ -68,11 +68,16 @@ def depths(prefix: str, results: Results) -> str:
     return drawn.svg
 
 
+def _keys(row: Row) -> list[Row]:
+    """Trials of pass-keys."""
+    return [trial for trial in row.get("trials") or () if trial.get("task", "needle") == "needle"]
+
+
 def _heat(axes: "Axes", rows: Sequence[Row | None]) -> None:
     found: list[dict[float, list[bool]]] = []
     for row in rows:
         hits: dict[float, list[bool]] = defaultdict(list)
-        for trial in (row.get("trials") or ()) if row is not None else ():
+        for trial in _keys(row) if row is not None else ():
             hits[trial["depth"]].append(bool(trial["hit"]))
         found.append(hits)
     columns = sorted({depth for hits in found for depth in hits})

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Results", "Row"]
+__all__ = ["Results", "Row", "asked"]
 
 Row = Mapping[str, Any]
 
@@ -33,6 +33,11 @@ class Results:
         )
 
     @property
+    def tasks(self) -> list[str]:
+        """What was asked besides pass-keys."""
+        return list(dict.fromkeys(task for row in self.rows.values() for task in row.get("asked") or ()))
+
+    @property
     def baseline(self) -> str:
         """The method that the others are compared with: dense where it was run."""
         return "dense" if "dense" in self.methods else self.methods[0]
@@ -41,3 +46,9 @@ class Results:
         """The rows of one length, baseline first."""
         ordered = sorted(self.methods, key=lambda method: method != self.baseline)
         return [self.rows[method, length] for method in ordered if (method, length) in self.rows]
+
+
+def asked(row: Row, task: str) -> Row | None:
+    """hits, trials, low and high of a task besides pass-keys; None where the row was not asked."""
+    found: Row | None = (row.get("asked") or {}).get(task)
+    return found

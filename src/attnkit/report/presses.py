@@ -2,14 +2,14 @@
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnkit._core.errors import MissingExtra
 from attnkit._core.lazy import require
 from attnkit.report import presses_plots as plots
-from attnkit.report.compare_results import Results, Row
+from attnkit.report.compare_results import Results, Row, asked
 from attnkit.report.files import write_bytes, write_text
 from attnkit.report.page import Block, Figure, Table
 from attnkit.report.tables import ABSENT, interval, number
@@ -60,12 +60,23 @@ def _strongest(rows: list[Row]) -> list[Row]:
 
 
 def _leaderboard(results: Results) -> Table:
-    headers = ["length", "press", "ratio", "pass-keys (95 %)", "loss", "KV MiB", "of dense", "peak MiB", "tok/s"]
+    headers = [
+        "length",
+        "press",
+        "ratio",
+        "pass-keys (95 %)",
+        *results.tasks,
+        "loss",
+        "KV MiB",
+        "of dense",
+        "peak MiB",
+        "tok/s",
+    ]
     cells = []
     for length in results.lengths:
         rows = [row for row in results.at(length) if row.get("press") or row.get("codec")]
         base = results.rows.get((results.baseline, length))
-        rows.sort(key=lambda row: (row["ratio"] or 0.0, -_score(row)))
+        rows.sort(key=lambda row: (row["ratio"] or 0.0, -_score(row, results.tasks)))
         for row in [*([base] if base is not None else []), *rows]:
             share = row["kv_mib"] / base["kv_mib"] if base is not None and row["kv_mib"] and base["kv_mib"] else None
             cells.append(
@@ -74,6 +85,7 @@ def _leaderboard(results: Results) -> Table:
                     row["method"].rpartition("@")[0] or row["method"],
                     f"{row['ratio']:.2f}" if row.get("ratio") is not None else ABSENT,
                     _keys(row),
+                    *(_right(row, task) for task in results.tasks),
                     interval(row["loss"], None, None, 3),
                     number(row["kv_mib"]),
                     f"{share:.2f}" if share is not None else ABSENT,
@@ -88,10 +100,16 @@ def _leaderboard(results: Results) -> Table:
     return Table(TITLE, headers, cells, note, grouped=True)
 
 
-def _score(row: Row) -> float:
-    """Pass-keys first, the loss breaks ties."""
+def _score(row: Row, tasks: Sequence[str]) -> float:
+    """Right answers first, the loss breaks ties."""
     keys = row["passkey_hits"] / row["passkey_trials"] if row["passkey_trials"] else 0.0
-    return float(keys - 1e-3 * (row["loss"] or 0.0))
+    others = sum(found["hits"] / found["trials"] for task in tasks if (found := asked(row, task)) is not None)
+    return float(keys + others - 1e-3 * (row["loss"] or 0.0))
+
+
+def _right(row: Row, task: str) -> str:
+    found = asked(row, task)
+    return ABSENT if found is None else f"{found['hits']}/{found['trials']}"
 
 
 def _keys(row: Row) -> str:
@@ -103,16 +121,18 @@ def _keys(row: Row) -> str:
 
 def save(folder: Path, document: Mapping[str, Any]) -> list[Path]:
     """Write `results.csv` and, where matplotlib is installed, `curves.png` of the longest context; returns their paths."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    text, results = io.StringIO(), Results.of(document["rows"])
+    more = [f"{task}_{name}" for task in results.tasks for name in ("hits", "trials", "low", "high")]
+    table = csv.DictWriter(text, (*_COLUMNS, *more), extrasaction="ignore", lineterminator="\n")
     table.writeheader()
-    table.writerows(document["rows"])
+    for row in document["rows"]:
+        asked_for = {f"{task}_{name}": value for task in results.tasks for name, value in (asked(row, task) or {}).items()}
+        table.writerow({**row, **asked_for})
     write_text(folder / "results.csv", text.getvalue())
     written = [folder / "results.csv"]
     try:
         require("matplotlib", extra="plot")
     except MissingExtra:
         return written
-    results = Results.of(document["rows"])
     write_bytes(folder / "curves.png", plots.printed(results, results.lengths[-1]))
     return [*written, folder / "curves.png"]

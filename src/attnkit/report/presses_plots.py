@@ -3,9 +3,10 @@
 import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from attnkit.report.compare_results import Results, Row
+from attnkit.report.compare_results import Results, Row, asked
 from attnkit.report.plots import INK, MARKERS, MUTED, canvas, series
 from attnkit.report.tables import number
 
@@ -21,7 +22,7 @@ _DASHED: Any = (0, (4, 3))
 
 
 def curves(prefix: str, results: Results, length: int) -> str:
-    """Pass-keys, loss and memory over the ratio at one length, a line each press."""
+    """Answers, loss and memory over the ratio at one length, a line each press."""
     facts = "; ".join(
         f"{row['method']}: keys {row['passkey_hits']}/{row['passkey_trials']}, loss {number(row['loss'], 4)}, "
         f"KV {number(row['kv_mib'])} MiB"
@@ -31,7 +32,7 @@ def curves(prefix: str, results: Results, length: int) -> str:
     lines = _lines(results, length)
     height = max(3.0, 0.8 + 0.2 * len(lines))
     panels = _panels(results, length)
-    with canvas(prefix, _WIDTH + 2, height, len(panels), alt=f"Presses over the ratio. {facts}") as drawn:
+    with canvas(prefix, _width(panels), height, len(panels), alt=f"Presses over the ratio. {facts}") as drawn:
         _draw(drawn.axes, panels, lines, results, length, lambda index: series(index)[0], MUTED)
         for text in drawn.axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7).get_texts():
             text.set_color(INK)
@@ -43,7 +44,7 @@ def printed(results: Results, length: int) -> bytes:
     from matplotlib.figure import Figure
 
     panels, lines = _panels(results, length), _lines(results, length)
-    figure = Figure(figsize=(_WIDTH + 2, max(3.0, 0.8 + 0.2 * len(lines))), layout="constrained")
+    figure = Figure(figsize=(_width(panels), max(3.0, 0.8 + 0.2 * len(lines))), layout="constrained")
     axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
     _draw(axes, panels, lines, results, length, lambda index: _PRINTED[index % len(_PRINTED)], "#555555")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
@@ -90,6 +91,11 @@ def _maps(prefix: str, rows: Sequence[Row], field: str, label: str, alt: str) ->
 Panel = tuple[str, Callable[[Row], float | None]]
 
 
+def _width(panels: Sequence[Panel]) -> float:
+    """Inches, with a legend at the side."""
+    return 2 + max(_WIDTH, 2.7 * len(panels))
+
+
 def _panels(results: Results, length: int) -> list[Panel]:
     """Those that have something to show."""
     base = results.rows.get((results.baseline, length))
@@ -99,10 +105,16 @@ def _panels(results: Results, length: int) -> list[Panel]:
             "pass-keys found, %",
             lambda row: 100 * row["passkey_hits"] / row["passkey_trials"] if row["passkey_trials"] else None,
         ),
+        *((f"{task}, right answers, %", partial(_share, task)) for task in results.tasks),
         ("loss, nats per token", lambda row: row["loss"]),
         ("KV memory, of dense", lambda row: row["kv_mib"] / dense if dense and row["kv_mib"] else None),
     ]
     return [panel for panel in panels if any(panel[1](row) is not None for row in results.at(length))]
+
+
+def _share(task: str, row: Row) -> float | None:
+    found = asked(row, task)
+    return None if found is None else 100 * found["hits"] / found["trials"]
 
 
 def _lines(results: Results, length: int) -> dict[str, list[Row]]:

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 
 from attnkit._core.errors import InputError
-from attnkit.lab.compare.passkey import NEEDLE, OPENING, QUESTION, Frame, Prompt, is_hit
+from attnkit.lab.compare.prompts import Frame, Prompt
+from attnkit.lab.compare.questions import NEEDLE, OPENING, QUESTION, is_hit
 from compare_examples import SENTENCES, byte_tokenizer
 
 TEMPLATE = (

@@ -6,8 +6,8 @@ from attnkit import kv
 from attnkit._core.errors import OptionError
 from attnkit.inference import Dense, Policy, Window, YaRN
 from attnkit.lab.compare.methods import BASELINE, METHODS, describe, select
-from attnkit.lab.compare.passkey import DEPTHS
 from attnkit.lab.compare.plan import inputs, order
+from attnkit.lab.compare.prompts import DEPTHS
 
 
 def test_every_method_reads_every_input_once() -> None:

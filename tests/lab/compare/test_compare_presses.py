@@ -8,6 +8,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from matplotlib.figure import Figure as Picture
 
 import attnkit.report as package
 from attnkit import kv, report
@@ -16,6 +17,7 @@ from attnkit.inference import Policy
 from attnkit.lab import compare
 from attnkit.lab.compare import METHODS, LoadedModel
 from attnkit.lab.compare.methods import describe, named, select
+from attnkit.report import cache_memory
 
 LENGTH = 448
 SCHEMAS = Path(package.__file__).parent / "schemas"
@@ -105,7 +107,7 @@ def test_one_task_alone(rows: Callable[..., Any]) -> None:
     text = rows("knorm@0.5", tasks=["text"], out=None)["knorm@0.5"]
     assert text["loss"] > 0
     assert (text["passkey_trials"], text["passkey_low"]) == (0, None)
-    with pytest.raises(OptionError, match="tasks=needles is not allowed; give one or both of text, needle"):
+    with pytest.raises(OptionError, match="tasks=needles is not allowed; give some of text, needle, vt, cwe, fwe, assoc"):
         rows("knorm@0.5", tasks=["needles"])
 
 
@@ -159,6 +161,31 @@ def test_memory_stands_next_to_the_ratio_and_to_dense(given: dict[str, Any]) -> 
     assert rows["think@0.75"]["of_dense"] >= 1.0
     assert rows["knorm:codec=int4@0.75"]["kv_mib"] < rows["knorm@0.75"]["kv_mib"] < rows["dense"]["kv_mib"]
     section = report.SECTIONS["attnkit.kv.memory/1"].draw(document)
-    (table,) = section.blocks
+    table, figure = section.blocks
     assert isinstance(table, report.Table)
     assert [row[1] for row in table.rows] == ["-", "0.250", "0.250", "0.250"]
+    assert isinstance(figure, report.Figure)
+    drawn = figure.draw("x-")
+    promised = f"{report.number(rows['dense']['kv_mib'] / 4, 4)} promised"
+    assert drawn.count(promised) == 3
+    for name, row in rows.items():
+        assert f"{name}: {report.number(row['kv_mib'], 4)} MiB" in drawn
+
+
+def test_bars_are_as_long_as_the_bytes() -> None:
+    axes = Picture().subplots()
+    named = {"dense": (None, 8.0), "dense:codec=int8": (None, 3.0), f"qfilter:filters={'x' * 200}@0.75": (0.75, 2.5)}
+    rows = [{"method": name, "ratio": ratio, "kv_mib": weight} for name, (ratio, weight) in named.items()]
+    cache_memory._bars(axes, rows, "red", "grey", "black")
+    held, promised = ([bar.get_width() for bar in bars] for bars in axes.containers)
+    assert (held, promised) == ([8.0, 3.0, 2.5], [2.0])
+    assert list(axes.lines[0].get_xdata()) == [8.0, 8.0]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense", "held in tensors", "promised"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*list(named)[:2], "qfilter:filters=xx…xxxxxxxxxxxxx@0.75"]
+
+
+def test_memory_writes_a_page_and_a_picture(given: dict[str, Any]) -> None:
+    document = compare.memory(model=given["model"], text=given["text"], length=LENGTH, methods=["knorm@0.5"], out=given["out"])
+    assert json.loads((given["out"] / "results.json").read_text()) == document
+    assert (given["out"] / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "Memory of the cache" in (given["out"] / "index.html").read_text()

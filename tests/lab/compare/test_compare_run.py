@@ -68,7 +68,7 @@ def test_one_row_for_each_length_and_method_with_everything_in_it(run: Callable[
         (n, name) for n in (LENGTH, 640) for name in default
     ]
     for row in document["rows"]:
-        assert set(row) == {"method", "length", "policy", "trials", "press", "ratio", "codec", "kept", *QUALITY, *COST}
+        assert set(row) == {"method", "length", "policy", "trials", "press", "ratio", "codec", "kept", "asked", *QUALITY, *COST}
         assert row["loss_low"] <= row["loss"] <= row["loss_high"]
         assert 0 <= row["passkey_low"] <= row["passkey_hits"] / row["passkey_trials"] <= row["passkey_high"] <= 1
         assert [trial["depth"] for trial in row["trials"]] == [0.1, 0.5, 0.9]

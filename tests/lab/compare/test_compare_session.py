@@ -8,7 +8,7 @@ from transformers import BloomConfig, BloomForCausalLM
 from attnkit._core.errors import UnsupportedArchitecture
 from attnkit.lab.compare import LoadedModel
 from attnkit.lab.compare.methods import BASELINE, METHODS, Method, select
-from attnkit.lab.compare.passkey import ANSWER_TOKENS, Frame, Prompt
+from attnkit.lab.compare.prompts import ANSWER_TOKENS, Frame, Prompt
 from attnkit.lab.compare.session import Session, TextInput
 
 LENGTH = 512

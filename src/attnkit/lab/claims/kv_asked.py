@@ -63,7 +63,7 @@ def prefilling() -> list[Method]:
     Those that decide come first.
     """
     bases = kv.methods()  # registers wrappers, too
-    wrapped = [f"{name}:expected_attention" for name in WRAPPERS if name not in (*_WHILE_DECODING, "adakv")]
+    wrapped = [f"{name}:expected_attention" for name in sorted(WRAPPERS) if name not in (*_WHILE_DECODING, "adakv")]
     names = dict.fromkeys([*MAIN, *ADAPTED, *(f"adakv:{name}" for name in ADAPTED)])
     variants = [Method(name, name.split(",")[0], options) for name, options in _VARIANTS.items()]
     return [*(Method(name, name) for name in names), *variants, *(Method(n, n) for n in (*bases, *wrapped) if n not in names)]

@@ -17,17 +17,13 @@ from attnkit.lab.claims.kv_asked import ORACLES, Asked, Method, future_mass, ora
 from attnkit.lab.claims.kv_verdict import DENSE, PROTOCOL, conclude_rows, measure
 from attnkit.lab.claims.place import Place
 from attnkit.lab.compare import loading, texts
+from attnkit.lab.compare.questions import NAMES, NEEDLE, OPENING, QUESTION
 
 __all__ = ["CLAIM"]
 
 _LEARNT = 0.6
 _KIND = "needles"
 _TEXTS, _READ = 16, 256  # texts that are read to learn statistics of queries, and their tokens
-# one token each, so that contexts and questions have equal lengths
-_NAMES = (
-    "Rome", "Paris", "London", "Berlin", "Madrid", "Vienna", "Dublin", "Oslo", "Athens", "Cairo", "Tokyo", "Boston",
-    "Chicago", "Sydney", "Moscow", "Lisbon",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,8 +53,8 @@ class Settings:
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.needles <= len(_NAMES):
-            raise InputError(f"needles={self.needles} is not allowed; choose 1 to {len(_NAMES)}")
+        if not 1 <= self.needles <= len(NAMES):
+            raise InputError(f"needles={self.needles} is not allowed; choose 1 to {len(NAMES)}")
 
 
 def _cells(settings: Settings) -> list[Cell]:
@@ -123,16 +119,14 @@ def _given(settings: Settings, seed: int, loaded: loading.LoadedModel) -> Asked:
     Raises:
         InputError: the contexts have no room for text, or names and numbers have different numbers of tokens.
     """
-    from attnkit.lab.compare import passkey
-
     hay = _text(settings, loaded)[_TEXTS * _READ :]
     random = np.random.default_rng(seed)
     contexts, asked, answers = [], [], []
     for number in range(settings.contexts):
-        names = random.choice(_NAMES, settings.needles, replace=False)
+        names = random.choice(NAMES, settings.needles, replace=False)
         keys = random.choice(np.arange(10_000, 100_000), settings.needles, replace=False).astype(str)
         ids = _tokens(loaded.tokenizer)
-        told = [passkey.NEEDLE.replace("pass key", f"pass key of {name}") for name in names]
+        told = [NEEDLE.replace("pass key", f"pass key of {name}") for name in names]
         parts = [ids(needle.format(key=key)) for needle, key in zip(told, keys, strict=True)]
         before, after = zip(*(_around(loaded.tokenizer, name) for name in names), strict=True)
         contexts.append(_hidden(ids(before[0]), hay[number * settings.length :], parts, settings.length))
@@ -154,9 +148,8 @@ def _tokens(tokenizer: Any) -> Callable[[str], list[int]]:
 def _around(tokenizer: Any, name: str) -> tuple[str, str]:
     """What stands before the text and behind it, up to where the answer goes on, in the model's chat template."""
     from attnkit.inference.answers import around
-    from attnkit.lab.compare import passkey
 
-    question, opening = (text.replace("pass key", f"pass key of {name}") for text in (passkey.QUESTION, passkey.OPENING))
+    question, opening = (text.replace("pass key", f"pass key of {name}") for text in (QUESTION, OPENING))
     before, after = around(tokenizer, question)
     return before, after + opening
 

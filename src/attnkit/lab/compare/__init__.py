@@ -13,6 +13,9 @@ the model's chat template if it has one, asks for it at the end; prompts are exa
 prompt without its question is read in one forward pass, the question in a second, then at most 12 tokens are decoded
 greedily; a hit is an answer with the five digits in it. `trials` keys at each depth; Wilson interval.
 
+*Other questions* (`tasks`: vt, cwe, fwe, assoc) are asked and judged as pass-keys are, and counted apart, in `asked`; see
+`attnkit.lab.compare.questions`.
+
 `query_aware` reads the question in the same pass as the prompt, so that methods that drop keys know it.
 
 *Cost.* `prefill_s` is the median time of the first passes, `decode_tok_s` the inverse of the median time of a greedy token

@@ -10,9 +10,9 @@ import torch
 from attnkit import report
 from attnkit._core.devices import device_name
 from attnkit._core.events import Event, Kind
-from attnkit.lab.compare import loading, passkey, texts
+from attnkit.lab.compare import loading, prompts, questions, texts
 from attnkit.lab.compare.methods import Method
-from attnkit.lab.compare.plan import TASKS, Input, inputs, order
+from attnkit.lab.compare.plan import DEFAULT, TASKS, Input, inputs, order
 from attnkit.lab.compare.rows import make_rows
 from attnkit.lab.compare.session import Session, TextInput
 from attnkit.lab.compare.state import State
@@ -34,7 +34,7 @@ class Setup:
     seed: int
     device: torch.device
     dtype: torch.dtype
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = DEFAULT
     query_aware: bool = False
 
     @property
@@ -103,7 +103,7 @@ class Comparison:
             self._tell("phase", f"loading {source.name}")
             source = loading.load(source, setup.device, setup.dtype)
         self._warn_beyond_positions(source.model)
-        session, frame = Session(source, setup.methods, query_aware=setup.query_aware), passkey.Frame(source.tokenizer)
+        session, frame = Session(source, setup.methods, query_aware=setup.query_aware), prompts.Frame(source.tokenizer)
         self._tell("phase", f"reading {setup.text.name}, first calls of all methods")
         ids = texts.tokenize(setup.text, source.tokenizer, lengths=setup.lengths, trials=setup.trials)
         session.check(setup.methods, min(setup.lengths))
@@ -140,17 +140,18 @@ class Comparison:
                 "shared_prefill": shared if len(shared) > 1 else [],
                 "tasks": setup.tasks,
                 "query_aware": setup.query_aware,
-                "depths": passkey.DEPTHS,
-                "prompt": [passkey.NEEDLE, passkey.QUESTION, passkey.OPENING],
+                "depths": prompts.DEPTHS,
+                "prompt": [questions.NEEDLE, questions.QUESTION, questions.OPENING],
                 "threads": torch.get_num_threads(),
             },
         )
 
-    def _content(self, item: Input, ids: list[int], frame: passkey.Frame) -> TextInput | passkey.Prompt:
+    def _content(self, item: Input, ids: list[int], frame: prompts.Frame) -> TextInput | prompts.Prompt:
         setup = self._setup
         if item.depth is not None:
             seed = [setup.seed, item.length, round(100 * item.depth), item.trial]
-            return frame.prompt(ids, length=item.length, depth=item.depth, seed=seed)
+            seed += [] if item.task == "needle" else [TASKS.index(item.task)]
+            return frame.prompt(ids, length=item.length, depth=item.depth, seed=seed, task=item.task)
         tail = texts.tail_length(setup.lengths)
         end = texts.window_ends(len(ids), max(setup.lengths), setup.trials)[item.trial]
         return TextInput(ids[end - item.length : end - tail], ids[end - tail : end])

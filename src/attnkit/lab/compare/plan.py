@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnkit.lab.compare.methods import BASELINE, Method
-from attnkit.lab.compare.passkey import DEPTHS
+from attnkit.lab.compare.prompts import DEPTHS
+from attnkit.lab.compare.questions import ASKED
 
-__all__ = ["TASKS", "Input", "inputs", "order"]
+__all__ = ["DEFAULT", "TASKS", "Input", "inputs", "order"]
 
-TASKS = ("text", "needle")
+TASKS = ("text", *ASKED)
+DEFAULT = ("text", "needle")
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,20 @@ class Input:
     Attributes:
         turn: how many inputs of its kind come before it.
         length: tokens.
-        trial: which window of the text, or which key at this depth.
-        depth: of the pass-key; None for a text window.
+        trial: which window of the text, or which question at this depth.
+        depth: of what is asked for; None for a text window.
+        task: of TASKS.
     """
 
     turn: int
     length: int
     trial: int
     depth: float | None = None
+    task: str = "text"
 
     def __str__(self) -> str:
-        kind = "text" if self.depth is None else f"pass-key at {100 * self.depth:.0f} %"
+        name = "pass-key" if self.task == "needle" else self.task
+        kind = name if self.depth is None else f"{name} at {100 * self.depth:.0f} %"
         return f"{self.length} tokens, {kind}, trial {self.trial + 1}"
 
     def key(self, method: Method) -> str:
@@ -37,15 +42,16 @@ class Input:
         return f"{self}: {method.name}"
 
 
-def inputs(lengths: Sequence[int], trials: int, tasks: Sequence[str] = TASKS) -> list[Input]:
-    """All inputs: for each length and trial a text window ("text"), then a pass-key at each depth ("needle")."""
-    depths: list[float | None] = [*([None] if "text" in tasks else []), *(DEPTHS if "needle" in tasks else [])]
+def inputs(lengths: Sequence[int], trials: int, tasks: Sequence[str] = DEFAULT) -> list[Input]:
+    """All inputs: for each length and trial a text window ("text"), then a question of each other task at each depth."""
+    depths: dict[str, tuple[float | None, ...]] = {task: (None,) if task == "text" else DEPTHS for task in tasks}
     turns = {True: itertools.count(), False: itertools.count()}
     return [
-        Input(next(turns[depth is None]), length, trial, depth)
+        Input(next(turns[depth is None]), length, trial, depth, task)
         for length in lengths
         for trial in range(trials)
-        for depth in depths
+        for task in tasks
+        for depth in depths[task]
     ]
 
 

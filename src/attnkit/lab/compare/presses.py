@@ -19,6 +19,7 @@ from attnkit.lab.compare.loading import LoadedModel
 from attnkit.lab.compare.measure import MIB, PeakMemory
 from attnkit.lab.compare.methods import BASELINE, Method, named
 from attnkit.lab.compare.runner import placement, run
+from attnkit.report import cache_memory
 from attnkit.report.presses import save
 
 __all__ = ["grid", "memory", "sweep"]
@@ -77,6 +78,7 @@ def memory(
     methods: Sequence[str] = ("snapkv",),
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    out: Path | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     command: str | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def memory(
         model, text, device, dtype, command: see `attnkit.lab.compare.run`.
         length: of the context in tokens.
         methods: presses and methods as `run` takes them; dense always comes first.
+        out: folder for results.json, index.html and, where matplotlib is installed, memory.png; None writes nothing.
         on_event: called before the first method and after each.
     Returns:
         the envelope of attnkit.kv.memory/1. Rows: method, ratio, tokens (mean share of the context that a head stores, None
@@ -107,7 +110,7 @@ def memory(
         rows.append(_weighed(loaded, method, ids))
         rows[-1]["of_dense"] = rows[-1]["kv_mib"] / rows[0]["kv_mib"]
         on_event(Event("step", method.name, done + 1, len(chosen)))
-    return report.envelope(
+    document = report.envelope(
         SCHEMA,
         rows,
         command=command or f"attnkit.lab.compare.memory(length={length}, methods={list(methods)})",
@@ -117,6 +120,11 @@ def memory(
         wall_s=time.perf_counter() - began,
         extra={"model": source.name, "text": words.name, "length": length},
     )
+    if out is not None:
+        report.write_json(out / "results.json", document)
+        report.write_html(out / "index.html", [document])
+        cache_memory.save(out, document)
+    return document
 
 
 def _weighed(loaded: LoadedModel, method: Method, ids: list[int]) -> dict[str, Any]:

@@ -46,20 +46,25 @@ def make_rows(
 
 def _quality(texts: Sequence[Step], asked: Sequence[Step], seed: int) -> dict[str, Any]:
     loss, low, high = block_bootstrap([step["losses"] for step in texts], seed=seed) if texts else (None, None, None)
-    hits = sum(step["hit"] for step in asked)
-    passkey_low, passkey_high = wilson(hits, len(asked)) if asked else (None, None)
+    tasks = {name: [step for step in asked if step["task"] == name] for name in dict.fromkeys(step["task"] for step in asked)}
+    passkeys = _hits(tasks.pop("needle", []))
     return {
         "loss": loss,
         "loss_low": low,
         "loss_high": high,
-        "passkey_hits": hits,
-        "passkey_trials": len(asked),
-        "passkey_low": passkey_low,
-        "passkey_high": passkey_high,
+        **{f"passkey_{name}": value for name, value in passkeys.items()},
+        "asked": {name: _hits(steps) for name, steps in tasks.items()},
         "agreement": statistics.fmean(step["agreement"] for step in texts) if texts else None,
         "kl": statistics.fmean(step["kl"] for step in texts) if texts else None,
-        "trials": [{name: step[name] for name in ("depth", "key", "answer", "hit")} for step in asked],
+        "trials": [{name: step[name] for name in ("task", "depth", "key", "answer", "hit")} for step in asked],
     }
+
+
+def _hits(asked: Sequence[Step]) -> dict[str, Any]:
+    """Right answers of a task, and the interval of their share."""
+    hits = sum(step["hit"] for step in asked)
+    low, high = wilson(hits, len(asked)) if asked else (None, None)
+    return {"hits": hits, "trials": len(asked), "low": low, "high": high}
 
 
 def _cost(texts: Sequence[Step], asked: Sequence[Step], prefills: Sequence[Step]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from attnkit.lab.compare import loading, texts
 from attnkit.lab.compare.comparison import Comparison, Setup
 from attnkit.lab.compare.loading import LoadedModel
 from attnkit.lab.compare.methods import select
-from attnkit.lab.compare.plan import TASKS
+from attnkit.lab.compare.plan import DEFAULT, TASKS
 from attnkit.lab.compare.state import State
 
 __all__ = ["placement", "run"]
@@ -33,7 +33,7 @@ def run(
     resume: bool = False,
     seed: int = 0,
     trials: int = 1,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = DEFAULT,
     query_aware: bool = False,
     on_event: Callable[[Event], None] | None = None,
     command: str | None = None,
@@ -51,9 +51,9 @@ def run(
         out: folder for state.json, results.json and index.html; None writes nothing.
         resume: go on with the unfinished comparison in `out`.
         seed: of keys, haystacks and intervals.
-        trials: text windows, and keys at each depth, for every length.
-        tasks: what is read, of "text" and "needle" (pass-keys).
-        query_aware: whether the question for a pass-key is read in one pass with the context, so that methods see it before
+        trials: text windows, and questions of each task at each depth, for every length.
+        tasks: what is read, of "text", "needle" (pass-keys), "vt", "cwe", "fwe" and "assoc"; ("all",) all of them.
+        query_aware: whether a question is read in one pass with the context, so that methods see it before
             they drop anything.
         on_event: called as the work goes on.
         command: the command line to record; None records this call.
@@ -64,6 +64,7 @@ def run(
             needs; the message names it and the fix. Finished steps stay in `out`, after KeyboardInterrupt too.
     """
     place, number = placement(model, device, dtype)
+    tasks = TASKS if tuple(tasks) == ("all",) else tasks
     setup = Setup(
         source=model if isinstance(model, LoadedModel) else loading.locate(model),
         text=texts.read(text),
@@ -91,7 +92,7 @@ def run(
 
 def _checked(lengths: Sequence[int], trials: int, tasks: Sequence[str]) -> tuple[int, ...]:
     if not tasks or not set(tasks) <= set(TASKS):
-        raise OptionError(f"tasks={','.join(tasks) or 'none'} is not allowed; give one or both of {', '.join(TASKS)}")
+        raise OptionError(f"tasks={','.join(tasks) or 'none'} is not allowed; give some of {', '.join(TASKS)}")
     if not lengths or min(lengths) < MIN_LENGTH:
         given = ",".join(map(str, lengths)) or "none"
         raise OptionError(f"lengths={given} is not allowed; give at least one, each {MIN_LENGTH} or more")

@@ -18,7 +18,8 @@ from attnkit.lab.compare.kept import kept_of
 from attnkit.lab.compare.loading import LoadedModel
 from attnkit.lab.compare.measure import MIB, PeakMemory, clock
 from attnkit.lab.compare.methods import BASELINE, METHODS, Method
-from attnkit.lab.compare.passkey import ANSWER_TOKENS, Prompt, is_hit
+from attnkit.lab.compare.prompts import ANSWER_TOKENS, Prompt
+from attnkit.lab.compare.questions import is_hit
 
 __all__ = ["Session", "TextInput"]
 
@@ -118,10 +119,10 @@ class Session:
 
     @torch.inference_mode()
     def ask(self, prompt: Prompt, method: Method, length: int) -> dict[str, Any]:
-        """Ask for a pass-key.
+        """Ask a question.
 
         Returns:
-            depth, key, answer, hit, prefill_s, peak_mib, token_s, kv_mib, kept.
+            task, depth, key, answer, hit, prefill_s, peak_mib, token_s, kv_mib, kept.
         """
         first, rest = (prompt.context, prompt.question)
         if self._query_aware:
@@ -135,6 +136,7 @@ class Session:
             ids, token_s = self._decode(logits, start.cache, steps=ANSWER_TOKENS, stop=self._stop)
         answer = self._tokenizer.decode(ids)
         return {
+            "task": prompt.task,
             "depth": prompt.depth,
             "key": prompt.key,
             "answer": answer,
