@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = {path.stem.removeprefix("claims-"): path for path in sorted((ROOT / "benchmarks" / "results").glob("claims-*.json"))}
 WHOLE = (
     "mlstm-lm",
+    "mlstm-lm-720",
     "mlstm-lm-50m",
     "mlstm-transfer",
     "entmax-lm",
