@@ -133,7 +133,7 @@ def test_ours_is_replayed_and_who_waits_is_not(monkeypatch: pytest.MonkeyPatch) 
 
     def ready(name: str, device: torch.device, calls: Calls, *, graph: bool) -> Entrant:
         asked[name] = graph
-        return Entrant(name, device, calls.all, 1, 1, None)
+        return Entrant(name, device, calls.all, 1, 1, None, calls)
 
     monkeypatch.setattr(Entrant, "ready", ready)
     calls = Calls(RACE.own("torch"), [])

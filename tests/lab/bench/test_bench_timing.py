@@ -1,9 +1,11 @@
 """The stopwatch, the order of rounds, and Triton's cache."""
 
+import gc
 import itertools
 import os
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -154,3 +156,19 @@ def test_the_first_call_is_not_reported_for_warm_kernels(cold: bool) -> None:
     course = Course(RACES["attention"], "torch", [peer("a", right)], rounds=3, seed=0, cold=cold, copy_gb_s=1.0)
     first_s = course.run(shape()).rows[0]["first_call_s"]
     assert first_s > 0 if cold else first_s is None
+
+
+@pytest.mark.gpu
+def test_what_a_captured_graph_reads_stays_where_it_is() -> None:
+    read = torch.ones(1 << 20, device="cuda")
+    watched = weakref.ref(read)
+
+    def operator(q: Tensor, read: Tensor = read) -> Tensor:
+        return q + read
+
+    calls = Calls(operator, [{"q": torch.zeros(1 << 20, device="cuda")}])
+    entrant = Entrant.ready("reader", torch.device("cuda", 0), calls, graph=True)
+    del read, operator, calls
+    gc.collect()
+    assert watched() is not None
+    assert entrant.note == "", "it was not captured"
