@@ -10,6 +10,7 @@ import pytest
 from attnkit import report
 from attnkit._core.errors import InputError, MissingExtra
 from attnkit.report import compare, page, race
+from attnkit.report.plots import encoded
 from report_examples import compare_envelope, race_envelope, skipped_entries
 
 pytest.importorskip("matplotlib")
@@ -269,3 +270,11 @@ def test_two_hundred_rows_stay_small_and_quick() -> None:
 
 def test_pages_are_reproducible() -> None:
     assert report.render_html([compare_envelope()]) == report.render_html([compare_envelope()])
+
+
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_figures_are_encoded_as_they_are_named(kind: str, start: bytes) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    assert encoded(figure, kind).startswith(start)

@@ -1,6 +1,5 @@
 """How results of attnkit.kv.memory/1 are drawn: what caches weigh."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,7 @@ from attnkit._core.errors import MissingExtra
 from attnkit._core.lazy import require
 from attnkit.report.files import write_bytes
 from attnkit.report.page import Figure, Section, SectionSpec, Table
-from attnkit.report.plots import ACCENT, INK, MUTED, canvas
+from attnkit.report.plots import ACCENT, INK, MUTED, canvas, encoded
 from attnkit.report.tables import ABSENT, number
 
 if TYPE_CHECKING:
@@ -62,9 +61,7 @@ def save(folder: Path, document: Mapping[str, Any]) -> None:
 
     picture = Picture(figsize=(_WIDTH, _height(document["rows"])), layout="constrained")
     _bars(picture.subplots(), document["rows"], "#1f77b4", "#555555", "#000000")
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=150)
-    write_bytes(folder / "memory.png", buffer.getvalue())
+    write_bytes(folder / "memory.png", encoded(picture))
 
 
 def _inline(prefix: str, rows: Sequence[Row]) -> str:

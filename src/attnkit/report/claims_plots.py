@@ -1,6 +1,5 @@
 """Pictures of claims from their data: lines with the range over seeds, and heat maps."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from attnkit._core.errors import MissingExtra
 from attnkit._core.lazy import require
 from attnkit.report.files import write_bytes
-from attnkit.report.plots import INK, MUTED, canvas, series
+from attnkit.report.plots import INK, MUTED, canvas, encoded, series
 from attnkit.report.tables import number
 
 if TYPE_CHECKING:
@@ -62,9 +61,7 @@ def save_figures(path: Path, document: Drawn) -> None:
             _lines(axes, figure, _PRINTED, "#333333")
             axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
             axes.grid(linewidth=0.4)
-    buffer = io.BytesIO()
-    picture.savefig(buffer, format="png", dpi=130)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, encoded(picture, dpi=130))
 
 
 def _facts(figure: Drawn) -> str:

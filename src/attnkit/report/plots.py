@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["ACCENT", "GRID", "INK", "MARKERS", "MUTED", "SURFACE", "Canvas", "canvas", "series"]
+__all__ = ["ACCENT", "GRID", "INK", "MARKERS", "MUTED", "SURFACE", "Canvas", "canvas", "encoded", "series"]
 
 # matplotlib draws with these placeholders; the SVG gets the page's CSS variables in their place.
 INK, MUTED, GRID, SURFACE, ACCENT = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -60,6 +60,13 @@ def canvas(prefix: str, width: float, height: float, columns: int = 1, *, alt: s
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     drawn.svg = _inline(buffer.getvalue(), prefix, alt)
+
+
+def encoded(figure: "Figure", kind: str = "png", dpi: int = 150) -> bytes:
+    """A figure on white as the bytes of a file, "png" or "svg"."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=dpi)
+    return buffer.getvalue()
 
 
 def _style(salt: str) -> Any:  # matplotlib 3.11 types the keys one by one, older versions do not

@@ -1,13 +1,12 @@
 """The figures of compressed caches."""
 
-import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from attnkit.report.compare_results import Results, Row, asked
-from attnkit.report.plots import INK, MARKERS, MUTED, canvas, series
+from attnkit.report.plots import INK, MARKERS, MUTED, canvas, encoded, series
 from attnkit.report.tables import number
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ def printed(results: Results, length: int) -> bytes:
     axes = list(figure.subplots(1, len(panels), squeeze=False)[0])
     _draw(axes, panels, lines, results, length, lambda index: _PRINTED[index % len(_PRINTED)], "#555555")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=7, frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return encoded(figure)
 
 
 def heads(prefix: str, rows: Sequence[Row]) -> str:

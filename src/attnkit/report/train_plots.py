@@ -1,6 +1,5 @@
 """The picture of a training run: loss over tokens."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from attnkit._core.errors import MissingExtra
 from attnkit._core.lazy import require
 from attnkit.report.files import write_bytes
-from attnkit.report.plots import MUTED, canvas, series
+from attnkit.report.plots import MUTED, canvas, encoded, series
 from attnkit.report.tables import ABSENT
 
 if TYPE_CHECKING:
@@ -52,9 +51,7 @@ def save_curves(folder: Path, document: Mapping[str, Any]) -> list[Path]:
     axes.grid(linewidth=0.4)
     written = []
     for kind in ("svg", "png"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150)
-        write_bytes(folder / f"loss.{kind}", buffer.getvalue())
+        write_bytes(folder / f"loss.{kind}", encoded(figure, kind))
         written.append(folder / f"loss.{kind}")
     return written
 

@@ -1,6 +1,5 @@
 """Pictures of weights that come apart: distances over steps, and their significance."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from attnkit._core.errors import MissingExtra
 from attnkit._core.lazy import require
 from attnkit.report.files import write_bytes
-from attnkit.report.plots import GRID, MUTED, canvas, series
+from attnkit.report.plots import GRID, MUTED, canvas, encoded, series
 from attnkit.report.tables import number
 
 if TYPE_CHECKING:
@@ -91,9 +90,7 @@ def save_curves(stem: Path, document: Mapping[str, Any]) -> None:
     for part in axes:
         part.grid(linewidth=0.4)
     for kind in ("svg", "png"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, dpi=150)
-        write_bytes(stem.with_suffix(f".{kind}"), buffer.getvalue())
+        write_bytes(stem.with_suffix(f".{kind}"), encoded(figure, kind))
 
 
 def _length(ratio: Row, end: str) -> float:

@@ -2,11 +2,11 @@
 
 import pytest
 
-from attnkit.lab.bench import heat, machine, timing
+from attnkit.lab.bench import machine, timing
 
 
 @pytest.fixture(autouse=True)
 def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "MEASURED_S", 0.001)
     monkeypatch.setattr(machine, "_COPIED", {"cpu": 2**22, "cuda": 2**26})
-    monkeypatch.setattr(heat, "cache_bytes", lambda device: 2**16)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 2**16)

@@ -23,12 +23,12 @@ STEPS = """
 import json
 import torch
 from optimum.quanto.tensor.packed import PackedTensor
-from attnkit.lab.bench import RACES, Shape, quantized
+from attnkit.lab.bench import RACES, Shape, machine, quantized
 
 race, copies = RACES["ragged_decode_attention"], 3
 (variant,) = race.choose_variants({"codec": ["int4"], "kept": ["all"]})
 shape = Shape("decode", race.sizes("decode", 256, 32, (8, 4), 2), torch.float32, torch.device("cpu"), variant)
-quantized.cache_bytes = lambda device: 2 * 256 * 4 * 32  # as many copies as caches are asked for
+machine.cache_bytes = lambda device: 2 * 256 * 4 * 32  # as many copies as caches are asked for
 seen = []
 attend = quantized.DENSE["sdpa"].make(shape)
 

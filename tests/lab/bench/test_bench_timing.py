@@ -16,7 +16,7 @@ import torch
 from bench_examples import CPU, peer, race, right, shape
 from torch import Tensor
 
-from attnkit.lab.bench import heat, machine, timing
+from attnkit.lab.bench import machine, timing
 from attnkit.lab.bench.heat import Course, spread
 from attnkit.lab.bench.races import RACES
 from attnkit.lab.bench.timing import Calls, Entrant, elapsed, interleave
@@ -84,7 +84,7 @@ def test_spread_is_the_relative_interquartile_range() -> None:
 
 
 def test_decoding_walks_over_inputs_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heat, "cache_bytes", lambda device: 10**6)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 10**6)
     seen: set[int] = set()
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

@@ -1,7 +1,6 @@
 """One shape of a race: who may start, the interleaved rounds, and the rows that come out."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor
 from attnkit import ops
 from attnkit._core.opspec import OPS, Case
 from attnkit.lab.bench.inputs import normal
-from attnkit.lab.bench.machine import cache_bytes
+from attnkit.lab.bench.machine import copies_beyond_cache
 from attnkit.lab.bench.race import MEMORY_BOUND, OWN, Facts, Operator, Peer, Race, Shape
 from attnkit.lab.bench.timing import Calls, Entrant, interleave, reason
 from attnkit.lab.compare.measure import clock
@@ -23,7 +22,6 @@ from attnkit.lab.numerics import conformance
 __all__ = ["Course", "Outcome"]
 
 Make = Callable[[Shape], Operator]
-_CACHES = 3  # inputs of memory-bound passes together are this many times the last-level cache
 _MAX_COPIES = 64
 
 
@@ -119,7 +117,7 @@ class Course:
         inputs = [self._race.draw(shape, self._seed)]
         if shape.step in MEMORY_BOUND:
             size = sum(value.nbytes for value in inputs[0].values() if isinstance(value, Tensor))
-            copies = min(math.ceil(_CACHES * cache_bytes(shape.device) / size), _MAX_COPIES)
+            copies = min(copies_beyond_cache(shape.device, size), _MAX_COPIES)
             inputs += [self._race.draw(shape, self._seed + copy) for copy in range(1, copies)]
         return inputs
 

@@ -16,16 +16,22 @@ import torch
 import attnkit
 from attnkit.lab.bench.timing import elapsed
 
-__all__ = ["cache_bytes", "cold_kernels", "commit", "copy_gb_s", "package_version"]
+__all__ = ["cache_bytes", "cold_kernels", "commit", "copies_beyond_cache", "copy_gb_s", "package_version"]
 
 _CACHE = "TRITON_CACHE_DIR"
 _COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes; many times the last-level cache on a GPU, twice it on common CPUs
 _CPU_CACHE = 2**25
+_CACHES = 3  # what a step reads that is bound by memory is together this many times the last-level cache
 
 
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache; on a CPU, which torch cannot ask, 32 MiB."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else _CPU_CACHE
+
+
+def copies_beyond_cache(device: torch.device, size: int) -> int:
+    """How many tensors of `size` bytes are taken in turns, so that none is still on chip when its turn comes again."""
+    return -(-_CACHES * cache_bytes(device) // size)
 
 
 def copy_gb_s(device: torch.device) -> float:

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from attnkit.lab.bench.attention import PEERS as DENSE
 from attnkit.lab.bench.inputs import normal
-from attnkit.lab.bench.machine import cache_bytes
+from attnkit.lab.bench.machine import copies_beyond_cache
 from attnkit.lab.bench.race import Operator, Peer, Shape
 
 __all__ = ["QUANTIZED"]
 
 _BITS = 4
 _WINDOW = 64  # raw tokens of a step: half of its window of 128, the average over steps
-_CACHES = 3  # as in heat
 
 
 def _stored(shape: Shape, generator: torch.Generator) -> Any:
@@ -42,7 +41,7 @@ def _steps(decoding: Callable[[Shape], AbstractContextManager[None]]) -> Callabl
         s, device = shape.sizes, shape.device
         attend = DENSE["sdpa-flash" if device.type == "cuda" else "sdpa"].make(shape)
         generator = torch.Generator(device).manual_seed(0)
-        copies = -(-_CACHES * cache_bytes(device) // (2 * s["B"] * s["S"] * s["Hkv"] * s["D"] * _BITS // 8))
+        copies = copies_beyond_cache(device, 2 * s["B"] * s["S"] * s["Hkv"] * s["D"] * _BITS // 8)
         token = [normal((s["B"], s["Hkv"], 1, s["D"]), generator, shape.dtype) for _ in range(2)]
         with decoding(shape):
             layers = [_stored(shape, generator) for _ in range(copies)]

@@ -14,7 +14,7 @@ from attnkit.lab.bench.attention import PEERS as DENSE
 from attnkit.lab.bench.attention import sizes
 from attnkit.lab.bench.entmax import choice
 from attnkit.lab.bench.inputs import normal
-from attnkit.lab.bench.machine import cache_bytes
+from attnkit.lab.bench.machine import copies_beyond_cache
 from attnkit.lab.bench.quantized import QUANTIZED
 from attnkit.lab.bench.race import Axis, Operator, Peer, Race, Shape, Sizes
 from attnkit.ops import KVPages
@@ -26,7 +26,6 @@ PAGES = {"raw": 16, "raw64": 64, "int8": 64, "int4": 64, "fp8": 64}  # tokens of
 BITS = {"int8": 8, "int4": 4, "fp8": 8}
 KEPT = ("all", "half", "adaptive")
 _HALF_PRECISION = 2  # bytes of a scale or zero
-_CACHES = 3  # as in heat: a dense cache that a GPU holds on chip would be no baseline
 
 
 def _lengths(shape: Shape) -> list[int]:
@@ -105,7 +104,7 @@ def _dense(name: str) -> Callable[[Shape], Operator]:
         s, attend = shape.sizes, DENSE[name].make(shape)
         each = 2 * s["B"] * s["S"] * s["Hkv"] * s["D"] * shape.dtype.itemsize
         generator = torch.Generator(shape.device).manual_seed(0)
-        copies = -(-_CACHES * cache_bytes(shape.device) // each)
+        copies = copies_beyond_cache(shape.device, each)  # a cache that a GPU holds on chip would be no baseline
         pairs = [
             [normal((s["B"], s["Hkv"], s["S"], s["D"]), generator, shape.dtype).transpose(1, 2) for _ in range(2)]
             for _ in range(copies)
