@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnkit.ops._attention_core._triton import backward, forward
+from attnkit.ops._attention_core._triton.tiles import spans
 from attnkit.ops._chunkwise_core._triton import gates, gradients, outputs, states
 from attnkit.ops._chunkwise_core._triton.step import step
 from attnkit.ops.entmax._triton import rows
@@ -22,13 +23,31 @@ from attnkit.ops.ragged_decode._triton import kernels as ragged
 # what a pointer of this name points to; "input" stands for the type of q
 POINTERS = {
     **dict.fromkeys(
-        ("x", "prob", "d_prob", "d_x", "q", "k", "v", "out", "rest", "d_out", "d_q", "d_k", "d_v", "key_bias"), "input"
+        [
+            "x",
+            "prob",
+            "d_prob",
+            "d_x",
+            "q",
+            "k",
+            "v",
+            "out",
+            "rest",
+            "d_out",
+            "d_q",
+            "to_q",
+            "to_d_out",
+            "d_k",
+            "d_v",
+            "key_bias",
+        ],
+        "input",
     ),
     **dict.fromkeys(
         ("gaps", "d_alphas", "slopes", "sinks", "lse", "lse2", "delta", "d_lse", "d_bias", "part_out", "part_max", "part_sum"),
         "fp32",
     ),
-    **dict.fromkeys(("cu_q", "cu_k", "q_pos", "q_rows", "k_rows", "tiles", "live"), "i32"),
+    **dict.fromkeys(("cu", "cu_other", "cu_q", "cu_k", "q_pos", "spans", "found", "q_rows", "k_rows", "tiles", "live"), "i32"),
 }
 NEEDS = {
     "d_alphas": "ALPHAS",
@@ -40,11 +59,13 @@ NEEDS = {
     "d_bias": "BIAS",
     "q_rows": "GATHERED",
     "k_rows": "GATHERED",
+    "to_q": "COPIED",
+    "to_d_out": "COPIED",
 }  # pointers that are absent unless a flag is set
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
-    "ENTMAX": False, "GATHERED": False, "SLOPES": False, "OUT": True,
+    "ENTMAX": False, "GATHERED": False, "COPIED": False, "SLOPES": False, "OUT": True,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -63,7 +84,8 @@ VARIANTS = (
     ("fp32", SMALL | {"ROWS": "positions", "WINDOW": True}),
     ("bf16", PLAIN | {"ROWS": "indexed"}),
     ("bf16", PLAIN | {"ROWS": "indexed", "GATHERED": True}),
-    ("fp16", EVERYTHING | {"ROWS": "indexed", "GATHERED": True}),
+    ("bf16", PLAIN | {"ROWS": "indexed", "GATHERED": True, "COPIED": True}),
+    ("fp16", EVERYTHING | {"ROWS": "indexed", "GATHERED": True, "COPIED": True}),
     ("fp16", SMALL | {"ROWS": "indexed", "WINDOW": True, "num_seqs": 1}),  # Triton makes a constant of every 1
 )
 ROWS = tuple(
@@ -185,8 +207,10 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
     for name in kernel.arg_names:
         absent = name in NEEDS and not flags.get(NEEDS[name], True)
         absent |= name in ABSENT.get(flags.get("GATES", ""), ())
+        absent |= name == "q_rows" and flags["COPIED"] and kernel is backward.bwd_dkdv
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
+        absent |= name == "spans" and flags["ROWS"] != "indexed"
         absent |= name in ("tiles", "live") and (flags["NORM"] not in ("entmax15", "entmax") or flags["ROWS"] != "dense")
         if name in flags or absent:
             signature[name], constants[name] = "constexpr", flags.get(name)
@@ -276,6 +300,14 @@ if __name__ == "__main__":
                 count += 1
         for kernel in (forward.combine, backward.bwd_prep):
             _compile(kernel, "bf16", PLAIN, capability)
+            count += 1
+        for keys in (False, True):
+            _compile(
+                spans,
+                "bf16",
+                PLAIN | {"ROWS": "indexed", "WINDOW": keys, "KEYS": keys, "BLOCK": 64, "BLOCK_T": 128},
+                capability,
+            )
             count += 1
         for kernel in (rows.entmax_fwd, rows.entmax_bwd):
             for dtype, flags in ROWS:

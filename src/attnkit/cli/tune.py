@@ -50,8 +50,8 @@ def command(
 ) -> None:
     """Measure tile sizes of the kernels of NAME, attention or mlstm, on this GPU and keep the best for later calls.
 
-    Of attention (default) they are fwd, decode, bwd_dq, bwd_dkdv, and gather_dq, gather_dkdv of sparse attention by index;
-    of mlstm walk, outputs, d_queries, d_keys, d_values, which scalar decay and lightning attention run through as well.
+    Of attention (default) they are fwd, decode, bwd_dq, bwd_dkdv, and gather_fwd, gather_dq, gather_dkdv of sparse attention by
+    index; of mlstm walk, outputs, d_queries, d_keys, d_values, which scalar decay and lightning attention run through as well.
 
     A few dozen configurations a kernel are compiled in parallel, timed against the present one, and compared with float64.
     Winners go to the user's cache folder, kernel by kernel; Ctrl-C keeps them. bf16 and fp16 share one table. A head width

@@ -30,7 +30,7 @@ def test_candidates_are_few_and_not_sure_to_fail(key: tuple[str, int, int]) -> N
         assert set(fewer) <= set(found)
         for config in fewer:  # one step at least, and what stays
             stays, walked = (config.block_n, config.block_m) if kernel.endswith("dkdv") else (config.block_m, config.block_n)
-            kept = 1 if kernel in ("fwd", "decode") else 2
+            kept = 1 if kernel in ("fwd", "decode", "gather_fwd") else 2
             assert bits // 8 * width * (kept * stays + 2 * walked * max(config.num_stages - 1, 1)) <= shared
     for config in found:
         stays, walked = (config.block_n, config.block_m) if kernel.endswith("dkdv") else (config.block_m, config.block_n)
@@ -79,11 +79,13 @@ def test_a_probe_runs_its_kernel_alone_with_the_configuration_given(kernel: str,
             monkeypatch.setattr(module, name, Recorder(getattr(module, name), name, seen))
     config, other = Config(16, 16, 2, 3), Config(32, 16, 4, 1)
     outputs = probe.run(config)
-    stages = 5 if kernel == "gather_dq" else 3  # indices come as long before their rows as these before their use
-    expected = ("fwd" if kernel == "decode" else kernel.replace("gather", "bwd"), 16, 16, 2, stages)
+    stages = (
+        5 if kernel in ("gather_fwd", "gather_dq") else 3
+    )  # indices come as long before their rows as these before their use
+    expected = ("fwd" if kernel in ("decode", "gather_fwd") else kernel.replace("gather", "bwd"), 16, 16, 2, stages)
     assert seen == ([expected, "combine"] if kernel == "decode" else [expected])
     assert len(outputs) == len(probe.outputs)
-    assert (probe.upstream is None) == (kernel in ("fwd", "decode"))
+    assert (probe.upstream is None) == (kernel in ("fwd", "decode", "gather_fwd"))
     assert probe.graph == (kernel == "decode")
     assert faithful(ATTENTION, probe, [config, other]) == {config: "", other: ""}
     wrong = Config(16, 32, 2, 3)

@@ -71,7 +71,7 @@ def test_all_of_it_in_a_worker_process(cache: Path) -> None:
 def test_the_fastest_is_kept_for_each_kernel(cache: Path, times: dict[Config, float]) -> None:
     times.update({FAST: 0.5, FASTER: 0.4})
     document = tune.run(**BRIEF)
-    kernels = ["fwd", "decode", "bwd_dq", "bwd_dkdv", "gather_dq", "gather_dkdv"]
+    kernels = ["fwd", "decode", "bwd_dq", "bwd_dkdv", "gather_fwd", "gather_dq", "gather_dkdv"]
     assert [row["kernel"] for row in document["rows"]] == kernels
     assert kept(cache) == dict.fromkeys(kernels, FASTER)
     row = document["rows"][0]

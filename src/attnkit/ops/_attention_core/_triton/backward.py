@@ -22,12 +22,11 @@ from attnkit.ops._attention_core._triton.steps import (
 from attnkit.ops._attention_core._triton.tiles import (
     cut,
     key_bounds,
+    key_tile,
     live_rows,
+    load_span,
     locate,
     place,
-    query_bounds,
-    rows_behind,
-    rows_near,
 )
 
 __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
@@ -35,9 +34,9 @@ __all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
 
 @triton.jit
 def bwd_prep(
-    out, rest, d_out, lse, d_lse, lse2, delta, q_rows,
+    out, rest, d_out, lse, d_lse, lse2, delta, cu_q, q_rows,
     stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
-    num_q, heads, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, ENTMAX: tl.constexpr,
+    num_q, heads, num_seqs, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, ENTMAX: tl.constexpr,
 ):  # fmt: skip
     """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] in the order that kernels walk over rows.
 
@@ -51,11 +50,14 @@ def bwd_prep(
     head, i_b = (pid // num_tiles % heads).to(tl.int64), (pid // num_tiles // heads).to(tl.int64)
     o_m, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
     m_row = first + o_m < num_q
+    m_some = m_row
+    if cu_q is not None:  # rows behind the last boundary see nothing
+        m_some = m_row & (first + o_m < tl.load(cu_q + num_seqs))
     p_row = (i_b * heads + head) * num_q + first + o_m
     row = (first + o_m).to(tl.int64)
     if q_rows is not None:
-        row = tl.load(q_rows + first + o_m, mask=m_row, other=0).to(tl.int64)
-    mask = m_row[:, None] & (o_dv < width_v)[None, :]
+        row = tl.load(q_rows + first + o_m, mask=m_some, other=0).to(tl.int64)
+    mask = m_some[:, None] & (o_dv < width_v)[None, :]
     b_delta = tl.zeros([BLOCK_M], tl.float32)
     if out is not None:
         o_out = i_b * stride_ob + head * stride_oh + (row * stride_ot)[:, None] + o_dv[None, :]
@@ -64,9 +66,9 @@ def bwd_prep(
         if rest is not None:
             b_out += tl.load(rest + o_out, mask=mask, other=0.0).to(tl.float32)
         b_delta = tl.sum(b_out * tl.load(d_out + o_d_out, mask=mask, other=0.0).to(tl.float32), 1)
-    b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_row, other=0.0)
+    b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_some, other=float("inf") if ENTMAX else float("-inf"))
     if d_lse is not None:
-        b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_row, other=0.0)
+        b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_some, other=0.0)
         b_delta -= b_d_lse.to(tl.float32)
     tl.store(delta + p_row, b_delta, mask=m_row)
     if not ENTMAX:
@@ -143,7 +145,8 @@ def _walk_keys(
 
 @triton.jit
 def bwd_dq(
-    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, d_out, lse2, delta, d_q, slopes, tiles,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, spans, q_rows, k_rows, d_out, lse2, delta, d_q,
+    to_q, to_d_out, slopes, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
     num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -154,15 +157,19 @@ def bwd_dq(
 ):  # fmt: skip
     """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head; with DELTA their sum(p * dp), added to delta.
 
+    `to_q` and `to_d_out` (or None), both contiguous, get the rows of q and d_out in the order of `q_rows`.
     `slopes` (or None), [B, H, T], gets the derivative of each row by the alpha of its head.
 
     Grid: (tiles * H * B,).
     """
     pid = tl.program_id(0)
-    tile = num_tiles - 1 - pid % num_tiles
     head = (pid // num_tiles) % heads
     i_b = pid // (num_tiles * heads)
-    first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, BLOCK_M, ROWS)
+    if ROWS == "indexed":
+        first, end, lo, full_lo, full_hi, hi = load_span(spans, pid % num_tiles)
+    else:
+        tile = num_tiles - 1 - pid % num_tiles
+        first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, BLOCK_M, ROWS)
     if first >= end:
         return
     o_m, o_d, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -173,12 +180,22 @@ def bwd_dq(
         stride_qt, stride_ks, stride_gt, stride_vs = BLOCK_D, BLOCK_D, BLOCK_DV, BLOCK_DV
     # loads first, which take as long as finding the bounds
     row, o_row = rows_at(q_rows, first, o_m, m_row, True)
-    b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_row, stride_qt, o_d, m_row, width, True, EVEN)
+    m_q = m_row
+    if ROWS == "indexed":
+        m_q = m_row & (lo < hi)  # no row is fetched for nothing
+    b_q = load_tile(q + i_b * stride_qb + row * stride_qt + head * stride_qh, o_row, stride_qt, o_d, m_q, width, True, EVEN)
     b_d_out = load_tile(
-        d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_row, stride_gt, o_dv, m_row, width_v, True, EVEN
+        d_out + i_b * stride_gb + row * stride_gt + head * stride_gh, o_row, stride_gt, o_dv, m_q, width_v, True, EVEN
     )
-    o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
-    lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
+    if to_q is not None:
+        p_copy = (first.to(tl.int64) + o_m)[:, None]
+        tl.store(to_q + p_copy * width + o_d[None, :], b_q, mask=m_q[:, None] & (EVEN | (o_d < width))[None, :])
+        tl.store(to_d_out + p_copy * width_v + o_dv[None, :], b_d_out, mask=m_q[:, None] & (EVEN | (o_dv < width_v))[None, :])
+    if ROWS == "indexed":
+        o_pos = tl.load(q_pos + first + o_m, mask=m_row, other=0)
+    else:
+        o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
+        lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
     p_row = (i_b * heads + head) * num_q + first.to(tl.int64) + o_m
     b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
     b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
@@ -305,7 +322,7 @@ def _walk_rows(
 
 @triton.jit
 def bwd_dkdv(
-    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, d_out, lse2, delta, d_k, d_v, d_bias,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, spans, q_rows, k_rows, d_out, lse2, delta, d_k, d_v, d_bias,
     tiles, live,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
@@ -324,35 +341,26 @@ def bwd_dkdv(
     tile = pid % num_tiles
     kv_head = (pid // num_tiles) % kv_heads
     i_b = pid // (num_tiles * kv_heads)
-    # keys are the rows here: the sequences of keys lead, those of queries are the counterpart
-    first, end, q_start, q_end = locate(
-        tile, cu_k, cu_q, num_seqs, num_k, num_q, BLOCK_N, "dense" if ROWS == "positions" else ROWS
+    first, end, shift, lo, full_lo, full_hi, hi = key_tile(
+        tile, cu_k, cu_q, q_pos, i_b * stride_pb, spans, num_seqs, num_k, num_q, left, right, BLOCK_M, BLOCK_N, ROWS, WINDOW
     )
     if first >= end:
         return
     o_n, o_d, o_dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     o_key = first + o_n
     m_key = o_key < end
-    shift = end - q_end
-    last = tl.minimum(first + BLOCK_N, end) - 1
-    if ROWS == "positions":
-        lo, hi = rows_near(q_pos + i_b * stride_pb, num_q, first, last, left, right, WINDOW)
-        full_lo, full_hi = hi, hi
-    elif ROWS == "indexed":
-        lo, full_lo, full_hi, hi = rows_behind(q_pos, first, last, q_start, q_end, shift, left, right, WINDOW)
-    else:
-        lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
-    if ROWS == "dense":
-        lo = lo // BLOCK_M * BLOCK_M
     i_b, kv_head = i_b.to(tl.int64), kv_head.to(tl.int64)
-    if q_rows is not None and EVEN:  # rows are contiguous
+    if k_rows is not None and EVEN:  # rows are contiguous
         stride_qt, stride_ks, stride_gt, stride_vs = BLOCK_D, BLOCK_D, BLOCK_DV, BLOCK_DV
     row, o_row = rows_at(k_rows, first, o_n, m_key, True)
+    m_some = m_key
+    if ROWS == "indexed":
+        m_some = m_key & (lo < hi)  # no row is fetched for nothing
     b_k = load_tile(
-        k + i_b * stride_kb + row * stride_ks + kv_head * stride_kh, o_row, stride_ks, o_d, m_key, width, True, EVEN
+        k + i_b * stride_kb + row * stride_ks + kv_head * stride_kh, o_row, stride_ks, o_d, m_some, width, True, EVEN
     )
     b_v = load_tile(
-        v + i_b * stride_vb + row * stride_vs + kv_head * stride_vh, o_row, stride_vs, o_dv, m_key, width_v, True, EVEN
+        v + i_b * stride_vb + row * stride_vs + kv_head * stride_vh, o_row, stride_vs, o_dv, m_some, width_v, True, EVEN
     )
     b_bias = None
     if BIAS:

@@ -22,7 +22,7 @@ from attnkit.ops._attention_core._triton.steps import (
     softmax_start,
     softmax_step,
 )
-from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, locate, place
+from attnkit.ops._attention_core._triton.tiles import cut, key_bounds, load_span, locate, place
 
 __all__ = ["combine", "fwd"]
 
@@ -282,7 +282,7 @@ def _write(acc, other, out, rest, p_row, m_row, width_v, BLOCK_DV: tl.constexpr,
 
 @triton.jit
 def fwd(
-    q, k, v, sinks, gaps, key_bias, cu_q, cu_k, q_pos, q_rows, k_rows, out, rest, lse, tiles,
+    q, k, v, sinks, gaps, key_bias, cu_q, cu_k, q_pos, spans, q_rows, k_rows, out, rest, lse, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb,
     batch, num_q, num_k, heads, num_seqs, num_tiles, kv_group, scale, left, right, softcap, width, width_v,
@@ -303,12 +303,15 @@ def fwd(
     Grid: (tiles * heads / GROUP * B, parts); tiles with more keys come first, since later positions see more.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
-    tile = num_tiles - 1 - pid % num_tiles
     head = (pid // num_tiles) % (heads // GROUP) * GROUP
     i_b = pid // (num_tiles * (heads // GROUP))
     kv_head = head // kv_group
     TOKENS: tl.constexpr = BLOCK_M // GROUP
-    first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, TOKENS, ROWS)
+    if ROWS == "indexed":
+        first, end, lo, full_lo, full_hi, hi = load_span(spans, pid % num_tiles)
+    else:
+        tile = num_tiles - 1 - pid % num_tiles
+        first, end, k_start, k_end = locate(tile, cu_q, cu_k, num_seqs, num_q, num_k, TOKENS, ROWS)
     if first >= end:
         return
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -321,9 +324,15 @@ def fwd(
     step, o_row = rows_at(q_rows, first, o_t, m_row, True)
     q += i_b * stride_qb + head * stride_qh + step * stride_qt
     p_q = q + (o_row * stride_qt + o_h.to(tl.int64) * stride_qh)[:, None] + o_d[None, :]
-    b_q = tl.load(p_q, mask=m_row[:, None] & (EVEN | (o_d < width))[None, :], other=0.0)
-    o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_t, m_row, TOKENS, ROWS)
-    lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
+    m_q = m_row
+    if ROWS == "indexed":
+        m_q = m_row & (lo < hi)  # no row is fetched for nothing
+    b_q = tl.load(p_q, mask=m_q[:, None] & (EVEN | (o_d < width))[None, :], other=0.0)
+    if ROWS == "indexed":
+        o_pos = tl.load(q_pos + first + o_t, mask=m_row, other=0)
+    else:
+        o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_t, m_row, TOKENS, ROWS)
+        lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
     if SPLIT:
         share = tl.cdiv(tl.cdiv(hi - lo, tl.num_programs(1)), BLOCK_N) * BLOCK_N
         lo = tl.minimum(lo + part * share, hi)

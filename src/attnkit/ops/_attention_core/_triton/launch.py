@@ -12,6 +12,7 @@ from attnkit._core.triton.configs import Config
 from attnkit._core.triton.launcher import launch, power_of_two, precision
 from attnkit.ops._attention_core._triton import backward as kb
 from attnkit.ops._attention_core._triton import forward as kf
+from attnkit.ops._attention_core._triton import tiles as kt
 from attnkit.ops._attention_core._triton.configs import CONFIGS
 
 __all__ = [
@@ -31,6 +32,7 @@ _NORMS = {"off": "softmax", "delta": "consistent", "exact_delta": "consistent", 
 _DECODE_ROWS = 16
 _REGISTERS = {4: 128, 3: 168}  # of a thread, for so many programs of 128 threads on a multiprocessor
 _LISTED_WIDTH = 128
+_COPIED_FROM = 4096  # keys of a sequence from which on its queries are copied into the order in which keys visit them
 _PACK_ROWS = 64  # up to so many query rows a head, the heads that share a key head run as one tile
 
 
@@ -80,13 +82,16 @@ class Launch:
         self.batch, self.num_q, self.heads, self.width = self.q.shape
         _, self.num_k, self.kv_heads, self.width_v = self.v.shape
         self.group = self.heads // self.kv_heads
+        kinds = ("dense", "packed") if self.q_pos is None else ("positions", "indexed")
+        self.kind = kinds[self.cu_q is not None]
         self.num_seqs = 0 if self.cu_q is None else self.cu_q.shape[0] - 1
         self.block_d, self.block_dv = power_of_two(self.width, 16), power_of_two(self.width_v, 16)
 
     def config(self, kernel: str) -> Config:
         """Tile sizes of one kernel for this call."""
-        if self.q_rows is not None:
-            kernel = kernel.replace("bwd_", "gather_")
+        walked = self.q_rows if kernel == "bwd_dkdv" else self.k_rows
+        if walked is not None and kernel != "decode":
+            kernel = "gather_" + kernel.removeprefix("bwd_")
         return CONFIGS.pick(kernel, self.q.element_size() * 8, max(self.block_d, self.block_dv), self.q.device)
 
     def strides(self) -> tuple[int, ...]:
@@ -112,16 +117,12 @@ class Launch:
         Args:
             registers: what a thread may have at most, 0 for the compiler's choice.
         """
-        if self.q_pos is None:
-            rows = "dense" if self.cu_q is None else "packed"
-        else:
-            rows = "positions" if self.cu_q is None else "indexed"
         shared = {
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,
-            "ROWS": rows,
+            "ROWS": self.kind,
             "WINDOW": self.left >= 0,
             "SOFTCAP": self.softcap > 0,
             "BIAS": self.key_bias is not None,
@@ -130,7 +131,7 @@ class Launch:
             "PRECISION": precision(),
         }
         stages = config.num_stages
-        if self.q_rows is not None and kernel is not kb.bwd_dkdv:
+        if self.k_rows is not None and kernel is not kb.bwd_dkdv:
             stages = 2 * stages - 1  # an index is fetched as long before its row as the row before its use
         options = {"num_warps": config.num_warps, "num_stages": stages}
         if registers:
@@ -141,6 +142,18 @@ class Launch:
         """About how many keys a tile of so many rows walks over at most."""
         keys = self.num_k // max(self.num_seqs, 1)
         return min(keys, self.left + max(self.right, 0) + block) if self.left >= 0 else keys
+
+    def spans(self, tiles: int, block: int, keys: bool = False) -> Tensor | None:
+        """[tiles, 6] int32, where "indexed" tiles of queries (or of keys) lie and what they walk over (`tiles.spans`)."""
+        if self.kind != "indexed":
+            return None
+        found = self.q.new_empty(tiles, 6, dtype=torch.int32)
+        cu, other = (self.cu_k, self.cu_q) if keys else (self.cu_q, self.cu_k)
+        _, left, right, *_ = self.scalars()
+        arguments = (cu, other, self.q_pos, found, self.num_seqs, tiles, self.num_k if keys else self.num_q, left, right)
+        flags = {"BLOCK": block, "KEYS": keys, "WINDOW": self.left >= 0, "BLOCK_T": 128}
+        launch(kt.spans, (_cdiv(tiles, 128),), arguments, flags)
+        return found
 
     def num_tiles(self, rows: int, block: int) -> int:
         """Tiles of a side; packed sequences may leave some of theirs empty, and need one for rows behind the last."""
@@ -165,7 +178,8 @@ def forward(p: Launch, out_dtype: torch.dtype, need_grad: bool = True) -> tuple[
         return out[0], lse.new_empty(shape[1:]), rest
     listed = lists_shape(p)
     p.tiles = None if listed is None else p.q.new_empty(listed, dtype=torch.int32)
-    inputs = (p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.q_rows, p.k_rows)
+    spans = p.spans(tiles, block_m // group)
+    inputs = (p.q, p.k, p.v, p.sinks, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, spans, p.q_rows, p.k_rows)
     others = (
         lse, p.tiles, *p.strides(),
         p.batch, p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(), p.n_refine,
@@ -252,7 +266,10 @@ def backward(
     lse2, delta = row_constants(p, d_out, d_lse, None if exact else out, lse, rest)
     if exact:
         add_exact_delta(p, d_out, lse2, delta)
-    d_q = backward_queries(p, d_out, lse2, delta)
+    copies = _room_for_copies(p, d_out)
+    d_q = backward_queries(p, d_out, lse2, delta, copies)
+    if copies is not None:
+        p, d_out = replace(p, q=copies[0], q_rows=None), copies[1]
     d_k, d_v, d_bias = backward_keys(p, d_out, lse2, delta)
     d_sinks, d_key_bias = p.q.new_empty(0), p.q.new_empty(0)
     if p.sinks is not None:  # the sink's probability times (0 - delta), summed over rows
@@ -264,6 +281,16 @@ def backward(
     return -d_q if p.flipped else d_q, d_k, d_v, d_sinks, d_key_bias
 
 
+def _room_for_copies(p: Launch, d_out: Tensor) -> tuple[Tensor, Tensor] | None:
+    """For q and d_out in the order of `q_rows`, where keys visit a row so often that fetching it by its number costs more.
+
+    The kernel that has a row anyway writes its copy, which costs next to nothing.
+    """
+    if p.q_rows is None or p.num_k < _COPIED_FROM * p.num_seqs:
+        return None
+    return torch.empty_like(p.q), torch.empty_like(d_out)
+
+
 def row_constants(
     p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor | None, lse: Tensor, rest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -273,8 +300,9 @@ def row_constants(
     if lse2.numel():
         tiles = _cdiv(p.num_q, 64)
         arguments = (
-            out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, p.q_rows, *out_strides, *d_out.stride()[:3], *d_lse_strides,
-            p.num_q, p.heads, tiles, p.width_v,
+            out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, p.cu_q, p.q_rows,
+            *out_strides, *d_out.stride()[:3], *d_lse_strides,
+            p.num_q, p.heads, p.num_seqs, tiles, p.width_v,
         )  # fmt: skip
         launch(
             kb.bwd_prep,
@@ -290,20 +318,24 @@ def add_exact_delta(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> No
     _walk_queries(p, d_out, lse2, delta, None)
 
 
-def backward_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
-    """Gradient of `p.q`, which is the caller's q up to `flipped`."""
+def backward_queries(
+    p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, copies: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Gradient of `p.q`, which is the caller's q up to `flipped`; `copies` get q and d_out by `q_rows`."""
     d_q = p.q.new_empty(p.q.shape)
-    _walk_queries(p, d_out, lse2, delta, d_q)
+    _walk_queries(p, d_out, lse2, delta, d_q, copies)
     return d_q
 
 
-def _walk_queries(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None) -> None:
+def _walk_queries(
+    p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None, copies: tuple[Tensor, Tensor] | None = None
+) -> None:
     config = p.config("bwd_dq") if p.tiles is None else _listed_config(p)
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
         arguments = (
-            p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.q_rows, p.k_rows,
-            d_out, lse2, delta, d_q, p.slopes, p.tiles,
+            p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.spans(tiles, config.block_m), p.q_rows, p.k_rows,
+            d_out, lse2, delta, d_q, *(copies or (None, None)), p.slopes, p.tiles,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
             0 if p.tiles is None else p.tiles.stride(0),
@@ -326,8 +358,8 @@ def backward_keys(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> tupl
         live = p.tiles.new_empty(programs * parts, _cdiv(p.num_q, config.block_m))
     if d_k.numel():
         arguments = (
-            p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.q_rows, p.k_rows,
-            d_out, lse2, delta, d_k, d_v, d_bias, p.tiles, live, *p.strides(), *d_out.stride()[:3],
+            p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.spans(tiles, config.block_n, keys=True),
+            p.q_rows, p.k_rows, d_out, lse2, delta, d_k, d_v, d_bias, p.tiles, live, *p.strides(), *d_out.stride()[:3],
             p.batch, p.num_q, p.num_k, p.heads, p.kv_heads, p.num_seqs, tiles, p.group, *p.scalars(),
             0 if p.tiles is None else p.tiles.stride(0), 0 if live is None else live.stride(0),
         )  # fmt: skip

@@ -121,7 +121,7 @@ def raised_max(top, ties, CAP: tl.constexpr):
     Their probabilities are then no powers of two, and sums of values do not sit on rounding ties. Where the maximum is 0 it
     moves by one nat; CAP bounds the move, so that probabilities stay above what the operand's format can hold.
     """
-    away = tl.where(top > 0, tl.minimum(BETA * top, top + CAP), tl.minimum(0.0, top + CAP))
+    away = tl.minimum(tl.maximum(BETA * top, 0.0), top + CAP)
     away = tl.where(tl.abs(top) < 1e-6, LOG2E, away)
     return tl.where(ties > 1, away, top)  # -inf stays where it is
 
@@ -137,6 +137,22 @@ def softmax_start(m, total, acc, NORM: tl.constexpr):
 
 
 @triton.jit
+def _parts(x):
+    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
+
+
+@triton.jit
+def _tied_max(t):
+    """Maxima of rows, and how many keys share each. Every thread counts against the maximum of its own part of a row while it
+    waits for the row's."""
+    parts = _parts(t)
+    tops = tl.max(parts, 1)
+    ties = tl.sum(tl.where(parts == tops[:, None, :], 1.0, 0.0), 1)
+    top = tl.max(tops, 1)
+    return top, tl.sum(tl.where(tops == top[:, None], ties, 0.0), 1)
+
+
+@triton.jit
 def softmax_step(t, c, v, state, GUARD: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr):
     """Take a tile of scores c * t [rows, keys] and its values into the state. GUARD: a row may have seen nothing yet.
 
@@ -148,12 +164,11 @@ def softmax_step(t, c, v, state, GUARD: tl.constexpr, NORM: tl.constexpr, PRECIS
         m, total, acc = state
     else:
         m, total, acc, rounded, own, beta = state
-    top = tl.max(t, 1)
     if NORM == "dynamic_max":
-        ties = tl.sum(tl.where(t == top[:, None], 1.0, 0.0), 1)
+        top, ties = _tied_max(t)
         m_new = tl.maximum(m, raised_max(top * c, ties, 8.0 if v.dtype == tl.float16 else 30 * LOG2E))
     else:
-        m_new = tl.maximum(m, top * c)
+        m_new = tl.maximum(m, tl.max(t, 1) * c)
     top = m_new
     if GUARD:
         top = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - (-inf) would be NaN
@@ -205,11 +220,6 @@ def entmax_pair(z, tau, factor, NORM: tl.constexpr):
         log = tl.log2(tl.where(x > 0, x, 1.0))
         p = tl.exp2(log / factor)
         return tl.where(x > 0, p, 0.0), tl.where(x > 0, tl.exp2(log * ((1.0 - factor) / factor)), 0.0)
-
-
-@triton.jit
-def _parts(x):
-    return tl.reshape(x, [x.shape[0], x.shape[1] // PARTS, PARTS])
 
 
 @triton.jit

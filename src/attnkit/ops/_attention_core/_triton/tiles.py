@@ -8,13 +8,14 @@ The same rules as `Plan`, in closed form, so that a launch needs no tables and n
                  boundary form one more sequence without a counterpart.
     "positions"  dense tiles whose rows stand on given keys, in any order.
     "indexed"    packed tiles whose rows stand on given keys, rising within a sequence. A row that stands before its
-                 sequence's first key sees nothing.
+                 sequence's first key sees nothing. Where such tiles lie and what they walk over takes several searches, one
+                 after another: the kernel `spans` does that for all tiles together.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["cut", "key_bounds", "live_rows", "locate", "place", "query_bounds", "rows_behind", "rows_near"]
+__all__ = ["cut", "key_bounds", "key_tile", "live_rows", "load_span", "locate", "place", "spans"]
 
 
 _NEAR = tl.constexpr(512)  # values around a guess, looked at together
@@ -55,7 +56,7 @@ def locate(tile, cu, cu_other, num_seqs, length, length_other, BLOCK: tl.constex
 
     A tile whose first row is not below the end holds nothing.
     """
-    if ROWS == "packed" or ROWS == "indexed":
+    if ROWS == "packed":
         used = (tl.load(cu + num_seqs) // BLOCK + num_seqs + 1).to(tl.float32)
         guess = (tile * (num_seqs / used)).to(tl.int32) - _NEAR // 2  # as if sequences were equally long
         i_seq = _search(cu, 0, num_seqs + 1, guess, tile + 1, BLOCK) - 1
@@ -100,7 +101,7 @@ def query_bounds(low, high, start, end, shift, left, right, WINDOW: tl.constexpr
 @triton.jit
 def place(q_pos, offset, first, end, shift, o_row, m_row, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """The key rows that the rows first + o_row stand on, and the lowest and highest of those that m_row keeps."""
-    if ROWS == "positions" or ROWS == "indexed":
+    if ROWS == "positions":
         o_pos = tl.load(q_pos + offset + first + o_row, mask=m_row, other=0)
         low = tl.min(tl.where(m_row, o_pos, 1 << 30))
         high = tl.max(tl.where(m_row, o_pos, -(1 << 30)))
@@ -121,16 +122,85 @@ def cut(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def rows_behind(q_pos, low, high, start, end, shift, left, right, WINDOW: tl.constexpr):
-    """`query_bounds` for rows start..end that stand on rising positions, row i near key i + shift as a rule."""
-    lo = _search(q_pos, start, end, low - right - shift - _NEAR // 2, low - right, 0)
-    full_lo = _search(q_pos, lo, end, lo, high - right, 0)
-    hi = end
-    full_hi = end
-    if WINDOW:
-        hi = _search(q_pos, lo, end, high + left - shift - _NEAR // 2, high + left + 1, 0)
-        full_hi = _search(q_pos, lo, hi, low + left - shift - _NEAR // 2, low + left + 1, 0)
-    return lo, full_lo, full_hi, hi
+def _search_each(values, lo, hi, bound, BLOCK: tl.constexpr):
+    """For every element the first i in [lo, hi) with values[i] >= bound, hi if there is none.
+
+    With BLOCK, values are boundaries of sequences and what is compared is the first tile of each.
+    """
+    longest = tl.max(hi - lo)
+    while longest > 0:  # a search by halves
+        middle = (lo + hi) // 2
+        open = lo < hi
+        value = tl.load(values + middle, mask=open, other=0)
+        if BLOCK:
+            value = value // BLOCK + middle
+        below = open & (value < bound)
+        lo = tl.where(below, middle + 1, lo)
+        hi = tl.where(open & (below == 0), middle, hi)
+        longest = longest // 2
+    return lo
+
+
+@triton.jit
+def spans(
+    cu, cu_other, q_pos, found, num_seqs, num_tiles, length, left, right,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Of "indexed" tiles in the order in which they run: found [num_tiles, 6] gets the first row, the end of its sequence, and
+    of the other side the bounds lo, full_lo, full_hi, hi of `key_bounds` or, with KEYS, of `query_bounds`.
+
+    Tiles of queries run from the last one, which sees the most keys, and those of keys from the first. In between, evenly, come
+    those of rows behind the last boundary, which only write zeros: their waits cost nothing beside others' products. A tile
+    with first >= end holds nothing.
+    Grid: (blocks of BLOCK_T tiles,).
+    """
+    i = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_tile = i < num_tiles
+    used = tl.load(cu + num_seqs) // BLOCK + num_seqs
+    idle = (num_tiles - used).to(tl.int64)
+    behind = (i * idle // num_tiles).to(tl.int32)  # idle ones that ran before
+    busy = i - behind
+    if not KEYS:
+        busy = used - 1 - busy
+    tile = tl.where((i + 1) * idle // num_tiles > behind, used + behind, busy)
+    none = tl.zeros_like(tile)
+    i_seq = _search_each(cu, none, none + num_seqs + 1, tile + 1, BLOCK) - 1
+    inner = i_seq < num_seqs
+    begin = tl.load(cu + i_seq, mask=m_tile, other=0)
+    end = tl.load(cu + i_seq + 1, mask=m_tile & inner, other=0)
+    start_other = tl.load(cu_other + i_seq, mask=m_tile, other=0)
+    end_other = tl.load(cu_other + i_seq + 1, mask=m_tile & inner, other=0)
+    first = begin + (tile - begin // BLOCK - i_seq) * BLOCK
+    end = tl.where(inner, end, length)
+    end_other = tl.where(inner, end_other, start_other)
+    last = tl.minimum(first + BLOCK, end) - 1
+    some = m_tile & (first <= last)
+    if KEYS:
+        lo = _search_each(q_pos, start_other, end_other, first - right, 0)
+        full_lo = _search_each(q_pos, lo, end_other, last - right, 0)
+        hi = end_other
+        full_hi = end_other
+        if WINDOW:
+            hi = _search_each(q_pos, lo, end_other, last + left + 1, 0)
+            full_hi = _search_each(q_pos, lo, hi, first + left + 1, 0)
+    else:
+        low = tl.load(q_pos + first, mask=some, other=0)
+        high = tl.load(q_pos + last, mask=some, other=0)
+        lo, full_lo, full_hi, hi = key_bounds(low, high, start_other, end_other, left, right, WINDOW)
+    found += i * 6
+    tl.store(found, first, mask=m_tile)
+    tl.store(found + 1, end, mask=m_tile)
+    tl.store(found + 2, lo, mask=m_tile)
+    tl.store(found + 3, full_lo, mask=m_tile)
+    tl.store(found + 4, full_hi, mask=m_tile)
+    tl.store(found + 5, hi, mask=m_tile)
+
+
+@triton.jit
+def load_span(found, i):
+    """What `spans` found for the i-th tile: first, end, lo, full_lo, full_hi, hi."""
+    found += i * 6
+    return tl.load(found), tl.load(found + 1), tl.load(found + 2), tl.load(found + 3), tl.load(found + 4), tl.load(found + 5)
 
 
 @triton.jit
@@ -148,6 +218,32 @@ def rows_near(q_pos, num_q, low, high, left, right, WINDOW: tl.constexpr):
         lo = tl.minimum(lo, tl.min(tl.where(near, row, num_q)))
         hi = tl.maximum(hi, tl.max(tl.where(near, row + 1, 0)))
     return lo, tl.maximum(hi, lo)
+
+
+@triton.jit
+def key_tile(
+    tile, cu_k, cu_q, q_pos, offset, spans, num_seqs, num_k, num_q, left, right,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """First key of a tile and end of its sequence, what its queries stand further on than their own number (unless q_pos says
+    where they stand), and which of them it walks over: lo, full_lo, full_hi, hi."""
+    shift = 0
+    if ROWS == "indexed":
+        first, end, lo, full_lo, full_hi, hi = load_span(spans, tile)
+    else:  # keys are the rows here: their sequences lead, those of queries are the counterpart
+        first, end, q_start, q_end = locate(
+            tile, cu_k, cu_q, num_seqs, num_k, num_q, BLOCK_N, "dense" if ROWS == "positions" else ROWS
+        )
+        shift = end - q_end
+        last = tl.minimum(first + BLOCK_N, end) - 1
+        if ROWS == "positions":
+            lo, hi = rows_near(q_pos + offset, num_q, first, last, left, right, WINDOW)
+            full_lo, full_hi = hi, hi
+        else:
+            lo, full_lo, full_hi, hi = query_bounds(first, last, q_start, q_end, shift, left, right, WINDOW)
+        if ROWS == "dense":
+            lo = lo // BLOCK_M * BLOCK_M
+    return first, end, shift, lo, full_lo, full_hi, hi
 
 
 @triton.jit

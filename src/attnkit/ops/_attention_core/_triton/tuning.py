@@ -16,7 +16,7 @@ from attnkit.ops._attention_core._triton.configs import CONFIGS
 
 __all__ = ["CONFIGS", "KERNELS", "candidates", "probe"]
 
-KERNELS = ("fwd", "decode", "bwd_dq", "bwd_dkdv", "gather_dq", "gather_dkdv")
+KERNELS = ("fwd", "decode", "bwd_dq", "bwd_dkdv", "gather_fwd", "gather_dq", "gather_dkdv")
 _REGISTERS = 255  # of a thread, 4 bytes each; accumulators beyond them spill in every step of the loop
 _CACHE = 2**28  # bytes of K and V in a decoding step: several times any last-level cache
 
@@ -44,7 +44,7 @@ _COSTS = {
     "bwd_dq": _Cost(kept=2, walked=2, summed=1, products=2),
     "bwd_dkdv": _Cost(kept=2, walked=2, summed=2, products=2),
 }
-_COSTS |= {"gather_dq": _COSTS["bwd_dq"], "gather_dkdv": _COSTS["bwd_dkdv"]}
+_COSTS |= {"gather_fwd": _COSTS["fwd"], "gather_dq": _COSTS["bwd_dq"], "gather_dkdv": _COSTS["bwd_dkdv"]}
 
 
 def candidates(kernel: str, bits: int, width: int, shared: int) -> tuple[Config, ...]:
@@ -78,7 +78,7 @@ def _grid(kernel: str, bits: int, width: int) -> Iterator[tuple[int, int, int, i
     else:
         # a matrix instruction of Hopper takes 64 rows of four warps; wide heads may have to do with fewer
         groups = [(64, 4), (128, 4), (128, 8)]
-        if kernel == "fwd":
+        if kernel.endswith("fwd"):
             groups.append((256, 8))
         if width > 64:
             groups.append((64, 8))
@@ -122,9 +122,6 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     inputs = {"q": q, "k": k, "v": v, "causal": True}
     arguments = (q, k, v, None, None, None, None, None, width**-0.5, -1, 0, 0.0, "off")
 
-    if kernel in ("fwd", "decode"):
-        decode = kernel == "decode"
-        return Probe(lambda c: launch.forward(_Trial(*arguments, chosen=c), dtype)[:2], ("out", "lse"), inputs, None, decode)
     gathers: dict[str, Any] = {}
     upstream = d_out
     if kernel.startswith("gather"):
@@ -133,6 +130,13 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
         ends = torch.arange(heads + 1, dtype=torch.int32, device=device) * num_q
         last = torch.arange(num_q * heads, dtype=torch.int32, device=device)
         arguments = (*flat[:3], None, None, ends, ends, last, width**-0.5, -1, 0, 0.0, "off")
+    if kernel.endswith("fwd") or kernel == "decode":
+
+        def rows_of(config: Config) -> tuple[Tensor, ...]:
+            out, lse, _ = launch.forward(_Trial(*arguments, **gathers, chosen=config), dtype)
+            return out.view_as(q), lse.view(q.shape[:3])
+
+        return Probe(rows_of, ("out", "lse"), inputs, None, kernel == "decode")
     call = launch.Launch(*arguments, **gathers)
     out, lse, _ = launch.forward(call, dtype)
     rows = launch.row_constants(call, d_out, torch.zeros_like(lse), out, lse)
