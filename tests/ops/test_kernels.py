@@ -243,18 +243,19 @@ def test_only_exact_ties_move_a_maximum() -> None:
 
 
 @triton.jit
-def _find(values, guesses, bounds, out, lo, hi):  # type: ignore[no-untyped-def]
+def _find(cu, guesses, tiles, out, hi):  # type: ignore[no-untyped-def]
     i = tl.program_id(0)
-    tl.store(out + i, _search(values, lo, hi, tl.load(guesses + i), tl.load(bounds + i), 0))
+    tl.store(out + i, _search(cu, hi, tl.load(guesses + i), tl.load(tiles + i), 16))
 
 
 @pytest.mark.parametrize("size", [3, 600, 3000])
-def test_a_search_finds_its_row_from_any_guess(size: int) -> None:
-    lo, hi = size // 3, size - 1
-    values = torch.randint(0, 2 * size, (size,), device=DEVICE, dtype=torch.int32).sort().values
-    corners = torch.tensor([-(1 << 30), 0, lo, hi, 1 << 30], device=DEVICE)
+def test_a_search_finds_its_sequence_from_any_guess(size: int) -> None:
+    hi = size - 1
+    cu = torch.randint(0, 32 * size, (size,), device=DEVICE, dtype=torch.int32).sort().values
+    firsts = cu // 16 + torch.arange(size, device=DEVICE, dtype=torch.int32)
+    corners = torch.tensor([-(1 << 30), 0, size // 3, hi, 1 << 30], device=DEVICE)
     guesses = torch.cat((corners, torch.randint(0, size, (35,), device=DEVICE))).int().repeat(3)
-    bounds = torch.randint(-1, 2 * size + 1, guesses.shape, device=DEVICE, dtype=torch.int32)
-    out = torch.empty_like(bounds)
-    _find[(len(bounds),)](values, guesses, bounds, out, lo, hi)
-    assert torch.equal(out.long(), lo + torch.searchsorted(values[lo:hi], bounds))
+    tiles = torch.randint(-1, 3 * size + 1, guesses.shape, device=DEVICE, dtype=torch.int32)
+    out = torch.empty_like(tiles)
+    _find[(len(tiles),)](cu, guesses, tiles, out, hi)
+    assert torch.equal(out.long(), torch.searchsorted(firsts[:hi], tiles))

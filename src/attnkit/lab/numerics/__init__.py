@@ -5,9 +5,10 @@ named sites (`SitePolicy`) in any format (`FloatFormat`), and its gradients like
 `attribute_sites` says which rounding is to blame, `DeviationSweep` measures over formats, lengths and tiles. `conformance`
 judges real operators.
 
-`RoundingBiasProbe` looks at one call of a real training, `StabilityMonitor` at a whole one, `localise` says which layer and
-head an error comes from, and `Reproduction` shows on small models what it does. `WeightDivergence` compares the weights of
-training runs, `contextualize` says whether that is much, and `weight_study` makes such runs.
+`Shadow` follows a live model with a second computation. `RoundingBiasProbe` looks at one call of a real training,
+`StabilityMonitor` at a whole one, `localise` says which layer and head an error comes from, and `Reproduction` shows on small
+models what it does. `WeightDivergence` compares the weights of training runs, `contextualize` says whether that is much, and
+`weight_study` makes such runs.
 """
 
 from attnkit.lab.numerics.bands import Ratio, ReferenceBands, Verdict, contextualize, significance
@@ -37,6 +38,7 @@ from attnkit.lab.numerics.monitor import StabilityMonitor
 from attnkit.lab.numerics.policy import BACKWARD_SITES, FORWARD_SITES, Rounding, SitePolicy
 from attnkit.lab.numerics.probe import Probed, RoundingBiasProbe
 from attnkit.lab.numerics.reproduce import Reproduction
+from attnkit.lab.numerics.shadow import Shadow
 from attnkit.lab.numerics.shift import dynamic_max_shift
 from attnkit.lab.numerics.sweep import DeviationSweep
 from attnkit.lab.numerics.weights import TensorDeviation, WeightDeviation, wasserstein1d, weight_deviation
@@ -76,6 +78,7 @@ __all__ = [
     "Probed",
     "StabilityMonitor",
     "localise",
+    "Shadow",
     "Reproduction",
     "wasserstein1d",
     "weight_deviation",

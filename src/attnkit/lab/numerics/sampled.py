@@ -103,6 +103,15 @@ class Sample:
             scores = scores + self.bias.double().transpose(1, 2)[:, :, None, None]
         return scores.masked_fill(hidden, -torch.inf)
 
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """The true output of the sampled rows, and the size of the terms it is a sum of, sum_j P_ij |V_jd|: [n, r, H, Dv] in
+        float64; 0 for rows that see nothing."""
+        hidden = self.hidden()
+        keys, values = (t.double() for t in self.keys_and_values(hidden))
+        p = torch.softmax(self.scores(keys, hidden), -1).masked_fill(hidden.all(-1, keepdim=True), 0)
+        true, size = (heads_last(p @ t[:, :, None]) for t in (values, values.abs()))
+        return true, size
+
 
 def take(call: AttentionCall, out: Tensor | None, lse: Tensor | None, fmt: FloatFormat, rows: int, seed: int) -> Sample:
     """Copy what a look at some rows of a call needs: rows of queries and outputs, two sequences' keys and values.

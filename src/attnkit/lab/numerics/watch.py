@@ -17,7 +17,7 @@ from attnkit.lab.numerics.sampled import Sample, pick, stacked
 from attnkit.modules import SoftmaxAttention
 from attnkit.ops.attention.call import prepare
 
-__all__ = ["Watch", "attention_layers"]
+__all__ = ["Watch", "attention_layers", "uncompiled"]
 
 _TOGETHER = 2**25  # scores, keys and values that are looked at together, 256 MiB in float64; as many at most are kept
 
@@ -34,6 +34,12 @@ def attention_layers(model: nn.Module) -> dict[str, SoftmaxAttention]:
             f"{type(model).__name__} has no attnkit.modules.SoftmaxAttention layer; give a model of attnkit.models"
         )
     return layers
+
+
+def uncompiled(undo: ExitStack) -> None:
+    """Run compiled parts of any model uncompiled until `undo` is closed."""
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it would take seconds
+        undo.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 class Watch:
@@ -70,8 +76,7 @@ class Watch:
         """
         self.found, self.lost = {}, {}
         self._forget()
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and loading it would take seconds
-            self._undo.enter_context(torch.compiler.set_stance("force_eager"))
+        uncompiled(self._undo)
         for name, layer in self._layers.items():
             self._undo.callback(setattr, layer, "operator", layer.operator)
             layer.operator = self._watched(name, layer.operator)

@@ -1,6 +1,6 @@
 """Device functions: which rows a tile holds, where they stand, and which keys (or queries) it walks over.
 
-The same rules as `Plan`, in closed form, so that a launch needs no tables and no host work. Four kinds of rows (`ROWS`):
+The same rules as `Plan`, without host work. Four kinds of rows (`ROWS`):
 
     "dense"      tile t of batch element b holds rows t * BLOCK ...; row i stands on key i + S - T.
     "packed"     tiles never cross sequences. Sequence s starts at tile cu[s] // BLOCK + s, which leaves it room for
@@ -22,29 +22,26 @@ _NEAR = tl.constexpr(512)  # values around a guess, looked at together
 
 
 @triton.jit
-def _count_below(values, i, hi, bound, BLOCK: tl.constexpr):
-    value = tl.load(values + i, mask=i < hi, other=0)
-    if BLOCK:
-        value = value // BLOCK + i
-    return tl.sum(((i < hi) & (value < bound)).to(tl.int32))
+def _count_below(cu, i, hi, tile, BLOCK: tl.constexpr):
+    first = tl.load(cu + i, mask=i < hi, other=0) // BLOCK + i
+    return tl.sum(((i < hi) & (first < tile)).to(tl.int32))
 
 
 @triton.jit
-def _search(values, lo, hi, guess, bound, BLOCK: tl.constexpr):
-    """The first i in [lo, hi) with values[i] >= bound, hi if there is none.
+def _search(cu, hi, guess, tile, BLOCK: tl.constexpr):
+    """The first i in [0, hi) whose sequence's first tile is not below `tile`, hi if there is none.
 
     A program can do nothing else before it knows, and a step is a load and a sum over threads: the first looks near a guess,
-    where i lies as a rule, and each further one leaves one part of 128. With BLOCK, values are boundaries of sequences and
-    what is compared is the first tile of each.
+    where i lies as a rule, and each further one leaves one part of 128.
     """
-    lo, hi = tl.cast(lo, tl.int32), tl.cast(hi, tl.int32)  # a 0 or 1 comes as a constant, which a loop cannot change
-    start = tl.maximum(tl.minimum(guess, hi - _NEAR), lo)
-    near = _count_below(values, start + tl.arange(0, _NEAR), hi, bound, BLOCK)
-    lo = tl.where(near > 0, start + near, lo)
+    hi = tl.cast(hi, tl.int32)  # a 1 comes as a constant, which a loop cannot change
+    start = tl.maximum(tl.minimum(guess, hi - _NEAR), 0)
+    near = _count_below(cu, start + tl.arange(0, _NEAR), hi, tile, BLOCK)
+    lo = tl.where(near > 0, start + near, 0)
     hi = tl.where(near < _NEAR, start + near, hi)
     while lo < hi:
         step = tl.cdiv(hi - lo, 128)
-        below = _count_below(values, lo + step * tl.arange(0, 128), hi, bound, BLOCK)
+        below = _count_below(cu, lo + step * tl.arange(0, 128), hi, tile, BLOCK)
         hi = tl.minimum(hi, lo + below * step)
         lo += tl.maximum((below - 1) * step + 1, 0)
     return lo
@@ -59,7 +56,7 @@ def locate(tile, cu, cu_other, num_seqs, length, length_other, BLOCK: tl.constex
     if ROWS == "packed":
         used = (tl.load(cu + num_seqs) // BLOCK + num_seqs + 1).to(tl.float32)
         guess = (tile * (num_seqs / used)).to(tl.int32) - _NEAR // 2  # as if sequences were equally long
-        i_seq = _search(cu, 0, num_seqs + 1, guess, tile + 1, BLOCK) - 1
+        i_seq = _search(cu, num_seqs + 1, guess, tile + 1, BLOCK) - 1
         extra = i_seq == num_seqs  # rows behind the last boundary
         begin = tl.load(cu + i_seq)
         end = tl.load(cu + i_seq + 1, mask=i_seq < num_seqs, other=0)
