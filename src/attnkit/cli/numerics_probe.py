@@ -4,8 +4,6 @@ import shlex
 import sys
 from pathlib import Path
 
-import click
-
 from attnkit.cli._common import (
     device_option,
     emit,
@@ -18,6 +16,7 @@ from attnkit.cli._common import (
     verb,
 )
 from attnkit.cli._progress import Progress
+from attnkit.cli._reading_options import reading_options
 
 __all__ = ["command"]
 
@@ -35,16 +34,7 @@ __all__ = ["command"]
     ),
     memory_hint="use a shorter --length or a smaller --batch",
 )
-@click.option(
-    "--model", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True, metavar="DIR",
-    help="The --out of a finished attnkit train.",
-)  # fmt: skip
-@click.option("--text", metavar="ASSET|FILE", help="What it reads.  [default: the one it was trained on]")
-@click.option("--batches", type=click.IntRange(min=1), default=25, show_default=True, help="Samples of each head.")
-@click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences of a batch.")
-@click.option("--length", type=click.IntRange(min=2), help="Tokens of a sequence.  [default: 256, or what the model has]")
-@click.option("--rows", type=click.IntRange(min=1), default=64, show_default=True, help="Sampled rows of a call.")
-@click.option("--precision", type=click.Choice(["bf16", "fp32"]), default="bf16", show_default=True, help="Of matrix products.")
+@reading_options(batches=25, least=1)
 @device_option
 @seed_option
 @out_option

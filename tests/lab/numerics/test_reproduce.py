@@ -142,6 +142,19 @@ def test_probe_verb(trained: Path, tmp_path: Path) -> None:
     assert (lone.exit_code, "holds no finished model" in lone.stderr) == (4, True)
 
 
+def test_shadow_verb(trained: Path, tmp_path: Path) -> None:
+    line = ("shadow", "--model", trained, "--batches", 2, "--batch", 2, "--rows", 8, "--device", "cpu", "--out", tmp_path)
+    shown = run(*line)
+    assert shown.exit_code == 0, shown.output
+    assert "deviates most" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+    document = json.loads(run(*line, "--json", "--against", "reference").stdout)
+    assert (document["against"], len(document["rows"])) == ("attention(backend='reference')", 2 * 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"shadow.json", "shadow.html"}
+    unknown = run(*line, "--against", "torch2")
+    assert (unknown.exit_code, "torch2" in unknown.stderr) == (4, True)
+
+
 def test_localise_verb(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = ("localise", "--model", trained, "--batches", 8, "--rows", 8, "--device", "cpu", "--out", tmp_path)
     calm = run(*line)
