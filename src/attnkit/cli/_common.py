@@ -22,6 +22,7 @@ __all__ = [
     "DTYPES",
     "Progress",
     "Verb",
+    "deliver",
     "device_option",
     "dtype_option",
     "emit",
@@ -235,6 +236,17 @@ def section_of(
             cells = [[row[index] for index in columns] for row in block.rows]
             shown += [table([block.headers[index] for index in columns], cells, title=block.title), block.note, ""]
     return shown, list(section.lead)
+
+
+def deliver(document: Mapping[str, Any], name: str, out: Path | None, as_json: bool) -> None:
+    """Print what the page of an envelope says; into `out`, if there is one, go `name`.json and `name`.html."""
+    if out is not None:
+        from attnkit import report
+
+        report.write_json(out / f"{name}.json", document)
+        report.write_html(out / f"{name}.html", [document])
+    tables, lead = section_of(document)
+    emit(document, as_json, *tables, *lead)
 
 
 def warn(message: str) -> None:

@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 from attnkit.cli._common import (
+    deliver,
     device_option,
-    emit,
     json_option,
     out_option,
     quiet_option,
     resolve_device,
-    section_of,
     seed_option,
     verb,
 )
@@ -57,7 +56,6 @@ def command(
     Exit codes: 3 text or package not installed; 4 bad input; 5 no such device or out of memory; 6 a head leans one way.
     """
     place = resolve_device(device)
-    from attnkit import report
     from attnkit._core.errors import CheckFailed
     from attnkit.lab.numerics import localise
     from attnkit.lab.numerics.recorded import read_batches
@@ -69,11 +67,7 @@ def command(
             loaded, list(read), rows=rows, precision=precision, command=shlex.join(["attnkit", *sys.argv[1:]]),
             on_event=listener.hear,
         )  # fmt: skip
-    if out is not None:
-        report.write_json(out / "localise.json", document)
-        report.write_html(out / "localise.html", [document])
-    tables, lead = section_of(document)
-    emit(document, as_json, *tables, *lead)
+    deliver(document, "localise", out, as_json)
     found = document["found"]
     if found is not None:
         raise CheckFailed(f"{found['layer']}, head {found['head']}: eps leans one way (z = {found['z']:.1f})")

@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 from attnkit.cli._common import (
+    deliver,
     device_option,
-    emit,
     json_option,
     out_option,
     quiet_option,
     resolve_device,
-    section_of,
     seed_option,
     verb,
 )
@@ -63,7 +62,6 @@ def command(
     place = resolve_device(device)
     import torch
 
-    from attnkit import report
     from attnkit.lab.numerics import StabilityMonitor
     from attnkit.lab.numerics.recorded import read_batches
 
@@ -77,8 +75,4 @@ def command(
             monitor.step()
             progress.advance()
     document = monitor.report(shlex.join(["attnkit", *sys.argv[1:]]))
-    if out is not None:
-        report.write_json(out / "probe.json", document)
-        report.write_html(out / "probe.html", [document])
-    tables, lead = section_of(document)
-    emit(document, as_json, *tables, *lead)
+    deliver(document, "probe", out, as_json)

@@ -9,13 +9,12 @@ from typing import Any
 import click
 
 from attnkit.cli._common import (
+    deliver,
     device_option,
-    emit,
     json_option,
     out_option,
     quiet_option,
     resolve_device,
-    section_of,
     seed_option,
     verb,
 )
@@ -73,7 +72,7 @@ def command(
     place = resolve_device(device)
     import torch
 
-    from attnkit import ops, report
+    from attnkit import ops
     from attnkit.lab.numerics import Shadow
     from attnkit.lab.numerics.recorded import read_batches
 
@@ -86,8 +85,4 @@ def command(
                 loaded(**fields)
             progress.advance()
     document = log.report(shlex.join(["attnkit", *sys.argv[1:]]))
-    if out is not None:
-        report.write_json(out / "shadow.json", document)
-        report.write_html(out / "shadow.html", [document])
-    tables, lead = section_of(document)
-    emit(document, as_json, *tables, *lead)
+    deliver(document, "shadow", out, as_json)
