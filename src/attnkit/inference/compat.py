@@ -1,7 +1,9 @@
 """Everything attnkit's policies know about the insides of transformers; no other file names its private parts."""
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,11 +18,14 @@ require("transformers", extra="hf")  # where it is missing, this says how to get
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import causal_mask_function  # noqa: E402
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 __all__ = [
     "Rotary",
     "attention_modules",
     "get_attention_name",
+    "intercept",
+    "interface_modules",
     "is_plain_causal",
     "refused_cache",
     "register",
@@ -87,6 +92,39 @@ def attention_modules(text: Any) -> list[Any]:
                 f"ALL_ATTENTION_FUNCTIONS.get_interface(...) in forward"
             )
     return modules
+
+
+def interface_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of all that call the attention interface, in the order of a model."""
+    named = {name: part for name, part in model.named_modules() if type(part).__name__.endswith("Attention")}
+    calls = {cls: _calls_interface(cls) for cls in {type(part) for part in named.values()}}
+    return {name: part for name, part in named.items() if calls[type(part)]}
+
+
+@contextmanager
+def intercept(names: Iterable[str], around: Callable[..., Any]) -> Iterator[None]:
+    """Put `around(run, module, *args, **kwargs)` in the place of attention implementations, whoever calls them; `run` takes the
+    other arguments and computes what the implementation would."""
+    before = {name: ALL_ATTENTION_FUNCTIONS._local_mapping.get(name) for name in names}
+    for name in before:
+        ALL_ATTENTION_FUNCTIONS[name] = _around(ALL_ATTENTION_FUNCTIONS.get(name), around)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            if function is None:
+                del ALL_ATTENTION_FUNCTIONS[name]
+            else:
+                ALL_ATTENTION_FUNCTIONS[name] = function
+
+
+def _around(function: Callable[..., Any] | None, around: Callable[..., Any]) -> Callable[..., Any]:
+    def implementation(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # "eager" is no entry of the interface: each file of models has its own
+        run = function or vars(sys.modules[type(module).__module__])["eager_attention_forward"]
+        return around(run, module, *args, **kwargs)
+
+    return implementation
 
 
 def _calls_interface(cls: type) -> bool:

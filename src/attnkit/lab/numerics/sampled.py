@@ -62,6 +62,7 @@ class Sample:
         lse: [n, r, H, 1], what probabilities are made from; None means the exact one.
         bias: of keys, [n, S, 1 or Hkv]; None where there is none.
         window: of one call.
+        mask: [n, r, S] bool, False where a row does not see a key that the window shows it; None hides no more.
     """
 
     calls: int
@@ -78,6 +79,7 @@ class Sample:
     lse: Tensor | None = field(repr=False)
     bias: Tensor | None = field(repr=False)
     window: _Window = field(repr=False)
+    mask: Tensor | None = field(default=None, repr=False)
 
     @property
     def elements(self) -> int:
@@ -87,6 +89,8 @@ class Sample:
     def hidden(self) -> Tensor:
         """[n, 1 or Hkv, 1, r, S] bool: the keys that rows do not see."""
         hidden = (~self.window.seen()).repeat(self.calls, 1, 1)[:, None, None]
+        if self.mask is not None:
+            hidden = hidden | ~self.mask[:, None, None]
         return hidden if self.bias is None else hidden | torch.isneginf(self.bias.transpose(1, 2))[:, :, None, None]
 
     def keys_and_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
