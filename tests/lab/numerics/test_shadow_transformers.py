@@ -108,6 +108,8 @@ def test_nothing_stays_behind(implementation: str) -> None:
         followed()
     assert len(log.rows) == 8
     assert (dict(functions), functions._local_mapping) == (before, local)
+    assert functions["sdpa"].__module__ == "transformers.integrations.sdpa_attention"
+    assert "eager" not in functions
 
 
 def test_what_is_not_known_is_left_out_or_refused() -> None:
@@ -116,7 +118,11 @@ def test_what_is_not_known_is_left_out_or_refused() -> None:
         model(IDS)
     assert log.rows == []
     assert {each["why"] for each in log.left_out} == {"softcap: not known here"}
-    model = small()
+    model = small("eager")
+    added = torch.zeros(2, 1, 20, 20).masked_fill(torch.ones(20, 20, dtype=torch.bool).triu(1), -1.0)
+    with torch.no_grad(), Shadow(model) as log:
+        model(IDS, attention_mask=added)
+    assert {each["why"] for each in log.left_out} == {"a mask with other numbers than 0 and very small ones"}
     model.config._attn_implementation_internal = "flash_attention_2"
     with pytest.raises(UnsupportedError, match="'flash_attention_2': known here are eager, sdpa"):
         Shadow(model)
