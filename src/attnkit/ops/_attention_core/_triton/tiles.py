@@ -126,7 +126,7 @@ def _search_each(values, lo, hi, bound, BLOCK: tl.constexpr):
     """
     longest = tl.max(hi - lo)
     while longest > 0:  # a search by halves
-        middle = (lo + hi) // 2
+        middle = lo + (hi - lo) // 2
         open = lo < hi
         value = tl.load(values + middle, mask=open, other=0)
         if BLOCK:
