@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def test_ctrl_c_ends_the_processes_and_is_for_the_one_that_asked_only() -> None:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
         )
         assert process.stdout is not None
         told, *worker = process.stdout.readline().split()
