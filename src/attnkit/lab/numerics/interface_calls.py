@@ -37,7 +37,7 @@ def sample_call(
         UnsupportedError: the call asks for something that is not known here.
     """
     asked = [option for option in _UNKNOWN if options.get(option) is not None]
-    if options.get("dropout") and module.training:
+    if options.get("dropout"):
         asked.append("dropout")
     if asked:
         raise UnsupportedError(f"{', '.join(asked)}: not known here")

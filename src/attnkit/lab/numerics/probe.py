@@ -14,7 +14,7 @@ from torch import Tensor
 from attnkit._core.errors import OptionError, ShapeError, UnsupportedError
 from attnkit.lab.numerics.formats import BF16, FP16, FP32, FP64, FloatFormat, round_to, ulp
 from attnkit.lab.numerics.measured import Measured, ProbeReport
-from attnkit.lab.numerics.sampled import Sample, heads_last, pick, take
+from attnkit.lab.numerics.sampled import Sample, heads_last, mix, pick, take
 from attnkit.ops.attention.call import AttentionCall, prepare
 
 __all__ = ["FACTS", "Probed", "RoundingBiasProbe", "look_at", "rounds_to_one"]
@@ -167,12 +167,12 @@ def look_at(sample: Sample) -> Probed:
     raw = torch.exp(scores - top)  # [n, Hkv, G, r, S]
     total = raw.sum(-1, keepdim=True)
     total = total.masked_fill(total == 0, 1)
-    true = mixed = heads_last(_mix(raw, values) / total)
+    true = mixed = heads_last(mix(raw, values) / total)
     mass = heads_last((~hidden.all(-1, keepdim=True)).double().expand_as(total))[..., 0]
     if sample.lse is not None:
         base = sample.lse.unflatten(2, raw.shape[1:3]).permute(0, 2, 3, 1, 4).double()
         kept = torch.exp(scores - base.masked_fill(torch.isneginf(base), 0))
-        mixed, mass = heads_last(_mix(kept, values)), heads_last(kept.sum(-1, keepdim=True))[..., 0]
+        mixed, mass = heads_last(mix(kept, values)), heads_last(kept.sum(-1, keepdim=True))[..., 0]
     out = round_to(true, fmt) if sample.out is None else sample.out
     stored = out.double()
     outward = _by_head(((stored - true) * true.sign()).mean(-1), calls) / _by_head(ulp(true, fmt).mean(-1), calls)
@@ -192,12 +192,6 @@ def rounds_to_one(fmt: FloatFormat) -> float:
     if not fmt.emin <= 0 <= fmt.emax:
         raise OptionError(f"format {fmt.name!r} has emin={fmt.emin}, emax={fmt.emax}; probabilities need 1 between them")
     return 1 - 2.0 ** (max(fmt.emin, -1) - fmt.p)
-
-
-def _mix(p: Tensor, values: Tensor) -> Tensor:
-    """P V, [n, Hkv, G, r, Dv]; heads of a group are rows of one product, so that no values are copied for them."""
-    mixed: Tensor = (p.flatten(2, 3) @ values).unflatten(2, p.shape[2:4])
-    return mixed
 
 
 def _rates(raw: Tensor, total: Tensor, fmt: FloatFormat, hidden: Tensor, calls: int) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from attnkit._core.errors import ShapeError
 from attnkit.lab.numerics.formats import FloatFormat
 from attnkit.ops.attention.call import AttentionCall
 
-__all__ = ["Sample", "heads_last", "pick", "sample_rows", "stacked", "take"]
+__all__ = ["Sample", "heads_last", "mix", "pick", "sample_rows", "stacked", "take"]
 
 _SEQUENCES = 2  # of a batch, among which the rows are shared out
 
@@ -107,14 +107,15 @@ class Sample:
             scores = scores + self.bias.double().transpose(1, 2)[:, :, None, None]
         return scores.masked_fill(hidden, -torch.inf)
 
-    def outputs(self) -> tuple[Tensor, Tensor]:
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor]:
         """The true output of the sampled rows, and the size of the terms it is a sum of, sum_j P_ij |V_jd|: [n, r, H, Dv] in
-        float64; 0 for rows that see nothing."""
+        float64; and [n, r] bool, whether some head of a row sees a key; of one that sees none both are 0."""
         hidden = self.hidden()
         keys, values = (t.double() for t in self.keys_and_values(hidden))
-        p = torch.softmax(self.scores(keys, hidden), -1).masked_fill(hidden.all(-1, keepdim=True), 0)
-        true, size = (heads_last(p @ t[:, :, None]) for t in (values, values.abs()))
-        return true, size
+        blind = hidden.all(-1, keepdim=True)
+        p = torch.softmax(self.scores(keys, hidden), -1).masked_fill(blind, 0)
+        true, size = (heads_last(mix(p, t)) for t in (values, values.abs()))
+        return true, size, ~blind.flatten(1, 2).all(1)[..., 0]
 
 
 def take(call: AttentionCall, out: Tensor | None, lse: Tensor | None, fmt: FloatFormat, rows: int, seed: int) -> Sample:
@@ -180,6 +181,12 @@ def pick(tensor: Tensor, sequences: Tensor, rows: Tensor) -> Tensor:
     """Sampled rows of [B, T, H, *] or packed [R, H, *], [m, r, H, *]."""
     batched = tensor[None] if tensor.dim() == 3 else tensor
     return batched[sequences[:, None], rows]
+
+
+def mix(p: Tensor, values: Tensor) -> Tensor:
+    """P V, [n, Hkv, G, r, Dv]; heads of a group are rows of one product, so that no values are copied for them."""
+    mixed: Tensor = (p.flatten(2, 3) @ values).unflatten(2, p.shape[2:4])
+    return mixed
 
 
 def heads_last(t: Tensor) -> Tensor:

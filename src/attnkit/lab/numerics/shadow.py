@@ -179,7 +179,7 @@ class Shadow:
 
     def _compare(self, name: str, out: Tensor, sample: Sample, again: Callable[[Implementation], Any]) -> list[Deviation] | str:
         """The deviation of every head, or why there is none."""
-        true, scale = sample.outputs()
+        true, scale, seen = sample.outputs()
         other = true
         if self._against is not None:
             result = again(self._against)
@@ -187,7 +187,7 @@ class Shadow:
             if result.shape != out.shape:
                 raise ShapeError(f"{name}: against gives shape {tuple(result.shape)}; the layer's is {tuple(out.shape)}")
             other = pick(result, sample.sequences, sample.rows)
-        return _by_head(sample, other, scale)
+        return _by_head(sample, other, scale, seen)
 
 
 def _interface_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -217,10 +217,9 @@ def _name(function: Implementation) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _by_head(sample: Sample, other: Tensor, scale: Tensor) -> list[Deviation] | str:
+def _by_head(sample: Sample, other: Tensor, scale: Tensor, seen: Tensor) -> list[Deviation] | str:
     """The deviation of every head, or why there is none; a row that sees no key has no meaning, and implementations differ."""
     assert sample.out is not None
-    seen = ~sample.hidden().all(-1).flatten(1, 2).all(1)
     if not seen.any():
         return "no sampled row sees a key"
     # one wait for a device instead of twelve a head
