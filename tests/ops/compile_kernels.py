@@ -65,7 +65,7 @@ NEEDS = {
 PLAIN: dict[str, Any] = {
     "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_D": 64, "BLOCK_DV": 64, "BLOCK_P": 16, "GROUP": 1, "ROWS": "dense", "WINDOW": False,
     "SOFTCAP": False, "BIAS": False, "NORM": "softmax", "SPLIT": False, "DELTA": False, "EVEN": True, "PRECISION": "ieee",
-    "ENTMAX": False, "GATHERED": False, "COPIED": False, "SLOPES": False, "OUT": True,
+    "GATHERED": False, "COPIED": False, "SLOPES": False, "OUT": True,
 }  # fmt: skip
 EVERYTHING = PLAIN | {
     "BLOCK_D": 32, "GROUP": 2, "WINDOW": True, "SOFTCAP": True, "BIAS": True, "NORM": "dynamic_max", "SPLIT": True,
@@ -75,7 +75,7 @@ SMALL = PLAIN | {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 16, "BLOCK_DV": 16}
 VARIANTS = (
     ("bf16", PLAIN),
     ("bf16", PLAIN | {"NORM": "consistent"}),
-    ("bf16", PLAIN | {"NORM": "entmax15", "ENTMAX": True}),
+    ("bf16", PLAIN | {"NORM": "entmax15"}),
     ("bf16", PLAIN | {"NORM": "entmax15", "OUT": False}),
     ("fp16", PLAIN | {"NORM": "sparsemax", "ROWS": "packed", "WINDOW": True}),
     ("bf16", PLAIN | {"NORM": "entmax", "SLOPES": True}),
@@ -208,6 +208,8 @@ def _compile(kernel: Any, dtype: str, flags: dict[str, Any], capability: int) ->
         absent = name in NEEDS and not flags.get(NEEDS[name], True)
         absent |= name in ABSENT.get(flags.get("GATES", ""), ())
         absent |= name == "q_rows" and flags["COPIED"] and kernel is backward.bwd_dkdv
+        absent |= name == "out" and kernel is backward.bwd_dq and flags["DELTA"]
+        absent |= name == "lse" and kernel is backward.bwd_dq and not flags["OUT"]  # a second walk over queries
         absent |= name in ("cu_q", "cu_k") and flags["ROWS"] not in ("packed", "indexed")
         absent |= name == "q_pos" and flags["ROWS"] not in ("positions", "indexed")
         absent |= name == "spans" and flags["ROWS"] != "indexed"
@@ -298,9 +300,8 @@ if __name__ == "__main__":
             for dtype, flags in VARIANTS:
                 _compile(kernel, dtype, flags, capability)
                 count += 1
-        for kernel in (forward.combine, backward.bwd_prep):
-            _compile(kernel, "bf16", PLAIN, capability)
-            count += 1
+        _compile(forward.combine, "bf16", PLAIN, capability)
+        count += 1
         for keys in (False, True):
             _compile(
                 spans,

@@ -188,7 +188,7 @@ def test_every_kernel_compiles_for_gpus(tmp_path: Path) -> None:
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "222 variants compiled" in done.stdout
+    assert "220 variants compiled" in done.stdout
 
 
 @triton.jit

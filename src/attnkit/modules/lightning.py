@@ -73,7 +73,9 @@ class LightningAttention(nn.Module):
             raise OptionError(
                 f"rotary_share={rotary_share} must be 1, 1/2, 1/4, ... and turn an even number of the {self.head_dim} channels"
             )
-        self.num_heads, self.layer_idx, self.num_layers, self.rope, self.silu = num_heads, layer_idx, num_layers, rope, silu
+        self.num_heads, self.layer_idx, self.rope, self.silu = num_heads, layer_idx, rope, silu
+        # [H] float32. No buffer: `to(bfloat16)` would round it and the meta device lose it
+        self.slopes = lightning_slopes(num_heads, *((None, None) if num_layers is None else (layer_idx, num_layers)))
         self.q_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.k_proj = nn.Linear(hidden_size, inner, bias=bias)
         self.v_proj = nn.Linear(hidden_size, inner, bias=bias)
@@ -83,11 +85,6 @@ class LightningAttention(nn.Module):
         groups = norm_groups if norm_groups is not None else 4 if num_heads % 4 == 0 else num_heads
         self.out_norm = GroupNormGate(inner, groups, norm_eps)
         self.o_proj = nn.Linear(inner, hidden_size, bias=bias)
-
-    def slopes(self) -> Tensor:
-        """[H] float32, computed anew: a buffer would be rounded by `to(bfloat16)` and lost on the meta device."""
-        of_layer = (None, None) if self.num_layers is None else (self.layer_idx, self.num_layers)
-        return lightning_slopes(self.num_heads, *of_layer)
 
     def forward(self, x: Tensor, context: MixerContext = _ALONE, shared: Shared = _NOTHING) -> Tensor:
         """[B, T, C] -> [B, T, C]; packed sequences come as [1, R, C] with `context.cu_seqlens`.
@@ -117,7 +114,7 @@ class LightningAttention(nn.Module):
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, context: MixerContext) -> Tensor:
         sizes = (self.num_heads, self.head_dim, self.head_dim)
         state = load_state(context, self.layer_idx, sizes, normalised=False, stabilised=False)
-        slopes = self.slopes().to(q.device, accumulator_dtype(q.dtype))
+        slopes = self.slopes.to(q.device, accumulator_dtype(q.dtype))
         if real is not None:  # padding puts nothing in, and nothing is forgotten meanwhile
             k = k * real[..., None, None]
             g = (-slopes).expand(k.shape[:-1]) * real[..., None]

@@ -27,7 +27,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def uniform(seed: int, draws: Tensor, index: Tensor) -> Tensor:
+def uniform(seed: int | Tensor, draws: Tensor, index: Tensor) -> Tensor:
     """Numbers in (0, 1), float32, of the shape of `index` (int64, 0..2^32 - 1): a function of the three, on every device."""
     start = _mix(_mix(draws.to(torch.int64) & _WORD) ^ (seed & _WORD))
     bits = _mix(_mix(index & _WORD) ^ start)
@@ -49,7 +49,9 @@ class Redrawn(nn.Module):
     def __init__(self, seed: int, resample: str) -> None:
         super().__init__()
         check_choice("resample", resample, RESAMPLE)
-        self.seed, self.resample = seed, resample
+        self.resample = resample
+        # torch.compile makes a graph for every number, but one for all tensors. No buffer: the meta device would lose it
+        self.seed = torch.tensor(seed & _WORD, dtype=torch.int64, device="cpu")
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
 
     def advance(self, what: str = "step") -> None:

@@ -1,5 +1,6 @@
 """The peers of attention: GPU peers judged on a CPU as far as their code goes there."""
 
+import dataclasses
 import importlib.machinery
 import sys
 from types import ModuleType
@@ -125,3 +126,14 @@ def test_baselines_are_dense_attention_whatever_else_they_are_given() -> None:
     inputs = RACE.draw(where, seed=0)
     expected = RACE.peers["sdpa"].make(where)(**inputs)
     assert torch.equal(baseline.make(where)(**inputs, num_buckets=4), expected)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cuda", "triton"), ("cpu", "auto")])
+def test_the_baseline_that_is_ours_is_no_other_library(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(ops, "attention", lambda q, k, v, *, causal, backend: chosen.append(backend))
+    baseline = next(each for each in dense_baselines() if each.name == "dense")
+    where = shape("fwd", 64)
+    inputs = RACE.draw(where, seed=0)
+    baseline.make(dataclasses.replace(where, device=torch.device(device)))(**inputs)
+    assert chosen == [backend]

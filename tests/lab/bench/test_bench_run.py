@@ -98,6 +98,7 @@ def test_a_package_installed_in_a_checkout_of_others_has_no_commit(tmp_path: Pat
 def test_everybody_gets_the_same_tensors_and_gradients(against: Any) -> None:
     seen: dict[str, set[tuple[int, int]]] = {"a": set(), "b": set()}
     upstream: dict[str, set[int]] = {"a": set(), "b": set()}
+    alike: list[float] = []
 
     def watching(name: str) -> bench.Peer:
         def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -105,6 +106,9 @@ def test_everybody_gets_the_same_tensors_and_gradients(against: Any) -> None:
             if q.shape[1] == 300:  # longer than what conformance uses
                 seen[name].add((q.data_ptr(), v.data_ptr()))
                 out.register_hook(lambda grad: upstream[name].add(grad.data_ptr()))
+                out.register_hook(
+                    lambda grad: alike.append(abs(torch.corrcoef(torch.stack([grad.flatten(), q.flatten()]))[0, 1]))
+                )
             return out
 
         return peer(name, attend)
@@ -113,6 +117,8 @@ def test_everybody_gets_the_same_tensors_and_gradients(against: Any) -> None:
     assert seen["a"] == seen["b"]
     assert upstream["a"] == upstream["b"]
     assert len(seen["a"]) == len(upstream["a"]) == 1
+    assert len(alike) > 0
+    assert max(alike) < 0.1
 
 
 def test_who_is_wrong_is_refused_and_not_timed(against: Any) -> None:

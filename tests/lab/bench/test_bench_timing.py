@@ -78,6 +78,22 @@ def test_everybody_follows_everybody_and_the_first_round_does_not_count(monkeypa
         assert set(Counter(once[0] for once in orders).values()) == {2}
 
 
+@pytest.mark.parametrize(("device", "uncounted"), [("cuda", 3), ("cpu", 1)])
+def test_a_gpu_is_warm_before_anything_counts(device: str, uncounted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def measure(self: Entrant) -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    monkeypatch.setattr(Entrant, "measure", measure)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    entrants = [Entrant(name, torch.device(device), lambda: None, 1, 1, None, Calls(len, [])) for name in "ab"]
+    interleave(entrants, rounds=2)
+    assert sorted(entrants[0].times + entrants[1].times) == [2 * uncounted + turn for turn in (1.0, 2.0, 3.0, 4.0)]
+
+
 def test_spread_is_the_relative_interquartile_range() -> None:
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(2 / 3)
     assert spread([2.0, 2.0, 2.0]) == 0

@@ -155,7 +155,8 @@ class Course:
         seconds = clock(shape.device) - begin
         if calls.leaves:
             if calls.upstream is None:
-                calls.upstream = normal(tuple(out.shape), torch.Generator(shape.device).manual_seed(self._seed), out.dtype)
+                seed = self._seed + _MAX_COPIES  # no input is drawn from it: a gradient that is q is no gradient like others
+                calls.upstream = normal(tuple(out.shape), torch.Generator(shape.device).manual_seed(seed), out.dtype)
             begin = clock(shape.device)
             torch.autograd.grad(out, calls.leaves, calls.upstream)
             seconds += clock(shape.device) - begin

@@ -16,6 +16,7 @@ __all__ = ["Calls", "Entrant", "elapsed", "interleave", "reason"]
 
 MEASURED_S = 0.05  # one measurement: a thousand times the jitter of a launch
 _SETTLING = 5  # times that on a GPU: one at its power limit takes some 50 ms to leave the clock of whoever ran before
+_WARM_S = 5.0  # of a GPU: so long the clock swings by some percent around what the power limit allows, after a pause
 MAX_REPEATS = 1000
 _LONGEST = 300  # characters of an error message; compilers write pages
 
@@ -126,21 +127,31 @@ def _repeats(device: torch.device, run: Callable[[], object]) -> int:
 
 
 def interleave(entrants: Sequence[Entrant], rounds: int) -> None:
-    """Measure everybody once a round; one more round comes first and does not count.
+    """Measure everybody once a round; one more round comes first and does not count, on a GPU as many as take five seconds.
 
     The order is a Williams square, read backwards every other round: over the rounds everybody comes first and last as often
     as the others, and after each of the others as often. In a cycle one contestant would always find the device as hot, and
     its clock as low, as its one neighbour has left it.
     """
-    for turn in range(rounds + 1):
-        for place in _order(len(entrants), turn):
-            entrant = entrants[place]
-            try:
-                seconds = entrant.measure()
-            except Exception as error:
-                raise RuntimeError(f"{entrant.name} broke after its warm-up: {reason(error)}") from error
-            if turn:
-                entrant.times.append(seconds)
+    warm_s = _WARM_S if entrants[0].device.type == "cuda" else 0.0
+    begin = time.perf_counter()
+    _round(entrants, 0)
+    while time.perf_counter() - begin < warm_s:
+        _round(entrants, 0)
+    for turn in range(1, rounds + 1):
+        for entrant, seconds in _round(entrants, turn):
+            entrant.times.append(seconds)
+
+
+def _round(entrants: Sequence[Entrant], turn: int) -> list[tuple[Entrant, float]]:
+    found = []
+    for place in _order(len(entrants), turn):
+        entrant = entrants[place]
+        try:
+            found.append((entrant, entrant.measure()))
+        except Exception as error:
+            raise RuntimeError(f"{entrant.name} broke after its warm-up: {reason(error)}") from error
+    return found
 
 
 def _order(count: int, turn: int) -> list[int]:

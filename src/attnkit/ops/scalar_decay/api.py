@@ -168,4 +168,4 @@ def lightning_slopes(
         if not 0 <= layer_idx - layer_offset < num_layers:
             raise OptionError(f"layer_idx={layer_idx} is none of {num_layers} layers that are counted from {layer_offset}")
         factor = 1 - (layer_idx - layer_offset) / max(num_layers - 1, 1) + 1e-5
-    return torch.tensor(slopes, dtype=torch.float32) * factor
+    return torch.tensor(slopes, dtype=torch.float32, device="cpu") * factor

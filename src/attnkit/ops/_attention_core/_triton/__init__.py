@@ -1,1 +1,1 @@
-"""The attention kernels: fwd, combine, bwd_prep, bwd_dkdv, bwd_dq, and the device functions they are made of."""
+"""The attention kernels: fwd, combine, bwd_dq, bwd_dkdv, and the device functions they are made of."""

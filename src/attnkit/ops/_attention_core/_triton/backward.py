@@ -1,5 +1,5 @@
-"""Backward kernels: `bwd_prep` (row constants), `bwd_dq` (by query tile), `bwd_dkdv` (by key tile). No atomics: a run
-repeats bit by bit. Probabilities are recomputed from the forward's scores and LSE."""
+"""Backward kernels: `bwd_dq` (by query tile; also what `bwd_dkdv` wants to know of rows), `bwd_dkdv` (by key tile). No
+atomics: a run repeats bit by bit. Probabilities are recomputed from the forward's scores and LSE."""
 
 import triton
 import triton.language as tl
@@ -29,51 +29,32 @@ from attnkit.ops._attention_core._triton.tiles import (
     place,
 )
 
-__all__ = ["bwd_dkdv", "bwd_dq", "bwd_prep"]
+__all__ = ["bwd_dkdv", "bwd_dq"]
 
 
 @triton.jit
-def bwd_prep(
-    out, rest, d_out, lse, d_lse, lse2, delta, cu_q, q_rows,
-    stride_ob, stride_ot, stride_oh, stride_gb, stride_gt, stride_gh, stride_lb, stride_lt, stride_lh,
-    num_q, heads, num_seqs, num_tiles, width_v, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, ENTMAX: tl.constexpr,
-):  # fmt: skip
-    """delta = sum(d_out * out) - d_lse, and lse in base-2 logarithms, both [B, H, T] in the order that kernels walk over rows.
+def _row_constants(known, b_d_out, at, o_row, m_row, m_q, heads, width_v, NORM: tl.constexpr, EVEN: tl.constexpr):
+    """lse in base-2 logarithms (entmax: tau as it is) and delta = sum(d_out * (out + rest)) - d_lse of rows of one head.
 
-    `rest` (or None) is what rounding took from `out`, in its strides; without `out` delta is -d_lse alone. Rows that saw
-    nothing get lse2 = +inf: their probabilities come out as 0. ENTMAX: lse is tau and stays, and out
-    is sum(u V) / sum(u). `lse` is contiguous [B, T, H], `d_lse` may be None.
-    Grid: (tiles * H * B,).
+    Without `out` delta is -d_lse alone. Rows that saw nothing get +inf: their probabilities come out as 0. Of entmax `out` is
+    sum(u V) / sum(u). The rows lie at + o_row * heads in contiguous [B, T, H]; what is added up is read of m_q only.
     """
-    pid = tl.program_id(0)
-    first = pid % num_tiles * BLOCK_M
-    head, i_b = (pid // num_tiles % heads).to(tl.int64), (pid // num_tiles // heads).to(tl.int64)
-    o_m, o_dv = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_DV)
-    m_row = first + o_m < num_q
-    m_some = m_row
-    if cu_q is not None:  # rows behind the last boundary see nothing
-        m_some = m_row & (first + o_m < tl.load(cu_q + num_seqs))
-    p_row = (i_b * heads + head) * num_q + first + o_m
-    row = (first + o_m).to(tl.int64)
-    if q_rows is not None:
-        row = tl.load(q_rows + first + o_m, mask=m_some, other=0).to(tl.int64)
-    mask = m_some[:, None] & (o_dv < width_v)[None, :]
-    b_delta = tl.zeros([BLOCK_M], tl.float32)
+    out, rest, lse, d_lse = known
+    ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
+    p_row = at + o_row * heads
+    b_lse = tl.load(lse + p_row, mask=m_row, other=float("inf") if ENTMAX else float("-inf"))
+    b_delta = tl.zeros_like(b_lse)
     if out is not None:
-        o_out = i_b * stride_ob + head * stride_oh + (row * stride_ot)[:, None] + o_dv[None, :]
-        o_d_out = i_b * stride_gb + head * stride_gh + (row * stride_gt)[:, None] + o_dv[None, :]
-        b_out = tl.load(out + o_out, mask=mask, other=0.0).to(tl.float32)
+        o_dv = tl.arange(0, b_d_out.shape[1])
+        b_out = load_tile(out + at * width_v, o_row, heads * width_v, o_dv, m_q, width_v, True, EVEN).to(tl.float32)
         if rest is not None:
-            b_out += tl.load(rest + o_out, mask=mask, other=0.0).to(tl.float32)
-        b_delta = tl.sum(b_out * tl.load(d_out + o_d_out, mask=mask, other=0.0).to(tl.float32), 1)
-    b_lse = tl.load(lse + (i_b * num_q + row) * heads + head, mask=m_some, other=float("inf") if ENTMAX else float("-inf"))
+            b_out += load_tile(rest + at * width_v, o_row, heads * width_v, o_dv, m_q, width_v, True, EVEN).to(tl.float32)
+        b_delta = tl.sum(b_out * b_d_out.to(tl.float32), 1)
     if d_lse is not None:
-        b_d_lse = tl.load(d_lse + i_b * stride_lb + row * stride_lt + head * stride_lh, mask=m_some, other=0.0)
-        b_delta -= b_d_lse.to(tl.float32)
-    tl.store(delta + p_row, b_delta, mask=m_row)
+        b_delta -= tl.load(d_lse + p_row, mask=m_row, other=0.0).to(tl.float32)
     if not ENTMAX:
         b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-    tl.store(lse2 + p_row, b_lse, mask=m_row)
+    return b_lse, b_delta
 
 
 @triton.jit
@@ -145,7 +126,7 @@ def _walk_keys(
 
 @triton.jit
 def bwd_dq(
-    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, spans, q_rows, k_rows, d_out, lse2, delta, d_q,
+    q, k, v, gaps, key_bias, cu_q, cu_k, q_pos, spans, q_rows, k_rows, d_out, out, rest, lse, d_lse, lse2, delta, d_q,
     to_q, to_d_out, slopes, tiles,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_bb, stride_bs, stride_bh, stride_pb, stride_gb, stride_gt, stride_gh,
@@ -157,6 +138,8 @@ def bwd_dq(
 ):  # fmt: skip
     """d_q (contiguous [B, T, H, D]) of one tile of query rows of one head; with DELTA their sum(p * dp), added to delta.
 
+    `lse2` and `delta`, [B, H, T] in the order that kernels walk over rows, are written (`_row_constants`) where `lse` is given,
+    contiguous [B, T, H] like `d_lse` (or None) and, with Dv behind, `out` and `rest` (or None); else they are read.
     `to_q` and `to_d_out` (or None), both contiguous, get the rows of q and d_out in the order of `q_rows`.
     `slopes` (or None), [B, H, T], gets the derivative of each row by the alpha of its head.
 
@@ -197,8 +180,15 @@ def bwd_dq(
         o_pos, low, high = place(q_pos, i_b * stride_pb, first, end, k_end - end, o_m, m_row, BLOCK_M, ROWS)
         lo, full_lo, full_hi, hi = key_bounds(low, high, k_start, k_end, left, right, WINDOW)
     p_row = (i_b * heads + head) * num_q + first.to(tl.int64) + o_m
-    b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
-    b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
+    at = (i_b * num_q + row) * heads + head
+    if lse is not None:
+        known = (out, rest, lse, d_lse)
+        b_lse2, b_delta = _row_constants(known, b_d_out, at, o_row, m_row, m_q, heads, width_v, NORM, EVEN)
+        tl.store(lse2 + p_row, b_lse2, mask=m_row)
+        tl.store(delta + p_row, b_delta, mask=m_row)
+    else:
+        b_lse2 = tl.load(lse2 + p_row, mask=m_row, other=float("inf"))
+        b_delta = tl.load(delta + p_row, mask=m_row, other=0.0)
     k += i_b * stride_kb + kv_head * stride_kh
     v += i_b * stride_vb + kv_head * stride_vh
     if BIAS:
@@ -234,7 +224,7 @@ def bwd_dq(
         tl.store(delta + p_row, b_delta + state[0], mask=m_row)
     else:
         tl.store(
-            d_q + ((i_b * num_q + row) * heads + head) * width + (o_row * heads * width)[:, None] + o_d[None, :],
+            d_q + at * width + (o_row * heads * width)[:, None] + o_d[None, :],
             (state[0] * scale).to(d_q.dtype.element_ty),
             mask=m_row[:, None] & (EVEN | (o_d < width))[None, :],
         )

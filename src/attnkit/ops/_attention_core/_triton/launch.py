@@ -17,13 +17,11 @@ from attnkit.ops._attention_core._triton.configs import CONFIGS
 
 __all__ = [
     "Launch",
-    "add_exact_delta",
     "backward",
     "backward_keys",
     "backward_queries",
     "forward",
     "lists_shape",
-    "row_constants",
 ]
 
 _UNBOUNDED = 1 << 30
@@ -261,13 +259,9 @@ def backward(
     d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
     if p.q_rows is not None:
         d_out = d_out.contiguous()
-    d_out, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (d_out, out))
-    exact = p.stable == "exact_delta"
-    lse2, delta = row_constants(p, d_out, d_lse, None if exact else out, lse, rest)
-    if exact:
-        add_exact_delta(p, d_out, lse2, delta)
+    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     copies = _room_for_copies(p, d_out)
-    d_q = backward_queries(p, d_out, lse2, delta, copies)
+    d_q, lse2, delta = backward_queries(p, d_out, d_lse, out, lse, rest, copies)
     if copies is not None:
         p, d_out = replace(p, q=copies[0], q_rows=None), copies[1]
     d_k, d_v, d_bias = backward_keys(p, d_out, lse2, delta)
@@ -291,51 +285,45 @@ def _room_for_copies(p: Launch, d_out: Tensor) -> tuple[Tensor, Tensor] | None:
     return torch.empty_like(p.q), torch.empty_like(d_out)
 
 
-def row_constants(
-    p: Launch, d_out: Tensor, d_lse: Tensor | None, out: Tensor | None, lse: Tensor, rest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """lse2, the LSE in base-2 logarithms, and delta, sum(d_out * (out + rest)) - d_lse: float32 [B, H, T], by `q_rows`."""
-    lse2, delta = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
-    out_strides, d_lse_strides = ((0, 0, 0) if t is None else t.stride()[:3] for t in (out, d_lse))
-    if lse2.numel():
-        tiles = _cdiv(p.num_q, 64)
-        arguments = (
-            out, rest, d_out, lse.contiguous(), d_lse, lse2, delta, p.cu_q, p.q_rows,
-            *out_strides, *d_out.stride()[:3], *d_lse_strides,
-            p.num_q, p.heads, p.num_seqs, tiles, p.width_v,
-        )  # fmt: skip
-        launch(
-            kb.bwd_prep,
-            (tiles * p.heads * p.batch,),
-            arguments,
-            {"BLOCK_M": 64, "BLOCK_DV": p.block_dv, "ENTMAX": p.norm != "softmax"},
-        )
-    return lse2, delta
-
-
-def add_exact_delta(p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor) -> None:
-    """Add sum(p * dp) of every row, from the probabilities that the backward pass recomputes, to delta."""
-    _walk_queries(p, d_out, lse2, delta, None)
-
-
 def backward_queries(
-    p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, copies: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Gradient of `p.q`, which is the caller's q up to `flipped`; `copies` get q and d_out by `q_rows`."""
+    p: Launch,
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor | None,
+    copies: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `p.q`, which is the caller's q up to `flipped`, and what `backward_keys` wants to know of rows.
+
+    These are lse2, the LSE in base-2 logarithms, and delta, sum(d_out * (out + rest)) - d_lse, or with "exact_delta" from the
+    probabilities as they are recomputed: float32 [B, H, T], by `q_rows`. `copies` get q and d_out by `q_rows`.
+    """
     d_q = p.q.new_empty(p.q.shape)
-    _walk_queries(p, d_out, lse2, delta, d_q, copies)
-    return d_q
+    rows = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
+    out, lse, rest, d_lse = (None if t is None else t.contiguous() for t in (out, lse, rest, d_lse))
+    known = (out, rest, lse, d_lse)
+    if p.stable == "exact_delta":
+        _walk_queries(p, d_out, (None, None, lse, d_lse), rows, None)
+        known = (None, None, None, None)
+    _walk_queries(p, d_out, known, rows, d_q, copies)
+    return d_q, *rows
 
 
 def _walk_queries(
-    p: Launch, d_out: Tensor, lse2: Tensor, delta: Tensor, d_q: Tensor | None, copies: tuple[Tensor, Tensor] | None = None
+    p: Launch,
+    d_out: Tensor,
+    known: tuple[Tensor | None, ...],
+    rows: tuple[Tensor, ...],
+    d_q: Tensor | None,
+    copies: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     config = p.config("bwd_dq") if p.tiles is None else _listed_config(p)
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
         arguments = (
             p.q, p.k, p.v, p.gaps, p.key_bias, p.cu_q, p.cu_k, p.q_pos, p.spans(tiles, config.block_m), p.q_rows, p.k_rows,
-            d_out, lse2, delta, d_q, *(copies or (None, None)), p.slopes, p.tiles,
+            d_out, *known, *rows, d_q, *(copies or (None, None)), p.slopes, p.tiles,
             *p.strides(), *d_out.stride()[:3],
             p.num_q, p.num_k, p.heads, p.num_seqs, tiles, p.group, *p.scalars(),
             0 if p.tiles is None else p.tiles.stride(0),

@@ -139,10 +139,11 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
         return Probe(rows_of, ("out", "lse"), inputs, None, kernel == "decode")
     call = launch.Launch(*arguments, **gathers)
     out, lse, _ = launch.forward(call, dtype)
-    rows = launch.row_constants(call, d_out, torch.zeros_like(lse), out, lse)
+    known = (None, out, lse, None)
+    rows = launch.backward_queries(call, d_out, *known)[1:]
 
     def queries(config: Config) -> tuple[Tensor, ...]:
-        return (launch.backward_queries(_Trial(*arguments, **gathers, chosen=config), d_out, *rows).view_as(q),)
+        return (launch.backward_queries(_Trial(*arguments, **gathers, chosen=config), d_out, *known)[0].view_as(q),)
 
     def keys(config: Config) -> tuple[Tensor, ...]:
         found = launch.backward_keys(_Trial(*arguments, **gathers, chosen=config), d_out, *rows)[:2]

@@ -132,10 +132,14 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     inputs = {"q": q, "k": k, "v": v, "i": i, "f": f}
     states = _forward_walk(p)
     if kernel == "outputs":
-        return Probe(lambda c: launch.run_outputs(p.having(c), states)[:1], ("out",), inputs, None, False)
+        return Probe(lambda c: (launch.run_outputs(p.having(c), states)[0].view_as(v),), ("out",), inputs, None, False)
     den = launch.run_outputs(p, states)[1]
     if kernel == "d_queries":
-        return Probe(lambda c: launch.run_d_queries(p.having(c), states, den, d_out, True)[:1], ("d_q",), inputs, d_out, False)
+
+        def queries(config: Config) -> tuple[Tensor, ...]:
+            return (launch.run_d_queries(p.having(config), states, den, d_out, True)[0].view_as(q),)
+
+        return Probe(queries, ("d_q",), inputs, d_out, False)
     _, _, ratio, delta, _ = launch.run_d_queries(p, states, den, d_out, True)
 
     def back(trial: _Trial, after: launch.Walk) -> launch.Walk:
@@ -153,8 +157,10 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
         return Probe(both, ("S", "d_S"), inputs, d_out, False)
     walk = back(p, states)
     if kernel == "d_keys":
-        return Probe(lambda c: launch.run_d_keys(p.having(c), walk, d_out, True)[:1], ("d_k",), inputs, d_out, False)
-    return Probe(lambda c: (launch.run_d_values(p.having(c), walk, d_out),), ("d_v",), inputs, d_out, False)
+        return Probe(
+            lambda c: (launch.run_d_keys(p.having(c), walk, d_out, True)[0].view_as(k),), ("d_k",), inputs, d_out, False
+        )
+    return Probe(lambda c: (launch.run_d_values(p.having(c), walk, d_out).view_as(v),), ("d_v",), inputs, d_out, False)
 
 
 def _forward_walk(p: _Trial) -> launch.Walk:
@@ -166,5 +172,5 @@ def _forward_walk(p: _Trial) -> launch.Walk:
 def _sizes(item_bytes: int, width: int, device: torch.device) -> tuple[int, int, int]:
     """B, T, H."""
     if device.type == "cpu":
-        return 1, 40, 1
+        return 2, 40, 1
     return 4, 4096 if item_bytes == 2 else 1024, 8 if width > 128 else 16

@@ -1,0 +1,39 @@
+"""Blocks of one kind share a graph, whatever differs from layer to layer: torch.compile gives up after eight of them."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from attnkit.models import MIXERS, AttnkitDecoderConfig, AttnkitDecoderForCausalLM
+from attnkit.modules.selection import Redrawn
+
+LAYERS = 3
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own, which it means to hide
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_layers_of_one_mixer_are_compiled_once(mixer: str) -> None:
+    config = AttnkitDecoderConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=2,
+        mixer_types=[mixer] * LAYERS, sliding_window=8 if mixer.startswith("sliding") else None,
+    )  # fmt: skip
+    model = AttnkitDecoderForCausalLM(config)
+    ids = torch.randint(32, (2, 20), generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(blocks) == LAYERS
+    plain = model(input_ids=ids, labels=ids, use_cache=False).loss
+    for block in blocks:
+        block.compile(backend=counter)
+    for step in range(2):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if step == 0:
+            torch.testing.assert_close(loss, plain)
+        for module in model.modules():
+            if isinstance(module, Redrawn):
+                module.advance()
+    assert counter.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
