@@ -300,24 +300,24 @@ def backward_queries(
     probabilities as they are recomputed: float32 [B, H, T], by `q_rows`. `copies` get q and d_out by `q_rows`.
     """
     d_q = p.q.new_empty(p.q.shape)
-    rows = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
-    out, lse, rest, d_lse = (None if t is None else t.contiguous() for t in (out, lse, rest, d_lse))
-    known = (out, rest, lse, d_lse)
+    lse2, delta = p.q.new_empty(2, p.batch, p.heads, p.num_q, dtype=torch.float32).unbind(0)
+    known = tuple(None if t is None else t.contiguous() for t in (out, rest, lse, d_lse))
     if p.stable == "exact_delta":
-        _walk_queries(p, d_out, (None, None, lse, d_lse), rows, None)
-        known = (None, None, None, None)
-    _walk_queries(p, d_out, known, rows, d_q, copies)
-    return d_q, *rows
+        _walk_queries(p, d_out, (None, None, *known[2:]), (lse2, delta), None)
+        known = (None,) * 4
+    _walk_queries(p, d_out, known, (lse2, delta), d_q, copies)
+    return d_q, lse2, delta
 
 
 def _walk_queries(
     p: Launch,
     d_out: Tensor,
     known: tuple[Tensor | None, ...],
-    rows: tuple[Tensor, ...],
+    rows: tuple[Tensor, Tensor],
     d_q: Tensor | None,
     copies: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    """One launch; `known`, (out, rest, lse, d_lse), is what `rows`, (lse2, delta), are made of, or four times None."""
     config = p.config("bwd_dq") if p.tiles is None else _listed_config(p)
     tiles = p.num_tiles(p.num_q, config.block_m)
     if p.q.numel():
