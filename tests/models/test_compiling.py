@@ -5,10 +5,22 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from attnkit import ops
 from attnkit.models import MIXERS, AttnkitDecoderConfig, AttnkitDecoderForCausalLM
+from attnkit.modules import LightningAttention, RandomDrop
 from attnkit.modules.selection import Redrawn
 
 LAYERS = 3
+
+
+def test_what_differs_from_layer_to_layer_survives_the_meta_device_and_other_dtypes() -> None:
+    """Models of transformers are made without memory, and filled from files that do not have it."""
+    with torch.device("meta"):
+        layers = [LightningAttention(32, 4, layer_idx=i, num_layers=LAYERS) for i in range(LAYERS)]
+        drops = [RandomDrop(0.5, seed=i) for i in (-1, 7)]
+    for i, layer in enumerate(layers):
+        assert torch.equal(layer.to_empty(device="cpu").bfloat16().slopes, ops.lightning_slopes(4, i, LAYERS))
+    assert [int(drop.to_empty(device="cpu").seed) for drop in drops] == [2**32 - 1, 7]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo's own, which it means to hide
