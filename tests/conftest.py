@@ -1,6 +1,7 @@
 """Shared by the whole suite: no network, fresh seeds, and uninitialised memory that cannot pass for a result."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -42,6 +43,8 @@ def _isolated() -> Iterator[None]:
     torch.manual_seed(0)
     devices._capabilities.clear()  # what a test said the GPU can do
     yield
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    assert frames is None or frames._stance.stance == "default", "the test has switched torch.compile off for all after it"
     if pytest_socket is not None:
         pytest_socket.enable_socket()
 

@@ -47,7 +47,8 @@ def train(
     `loss.png` (where matplotlib is installed) and `model/`.
 
     Args:
-        model, data, recipe, device, validation_rows, on_event, alpha, callbacks: see `make_trainer`.
+        model, data, recipe, device, validation_rows, on_event, alpha, callbacks: see `make_trainer`. Callbacks that have a
+            method `close` are closed when the training ends, in whatever way.
         out: folder of the run.
         resume: go on; a folder without a whole checkpoint begins anew.
         command: for the result file.
@@ -77,6 +78,9 @@ def train(
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             stop.restore()
+            for given in callbacks:
+                if hasattr(given, "close"):
+                    given.close()
     if stop.asked is not None and trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(signal.Signals(stop.asked).name)
     assert callback.meters is not None

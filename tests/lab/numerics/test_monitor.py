@@ -304,6 +304,33 @@ def test_plot(tmp_path: Path) -> None:
     assert f"{SECOND}, head" in page
 
 
+def test_a_training_that_breaks_off_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnkit import training
+    from attnkit.lab.numerics.callback import StabilityCallback
+
+    torch.compile(lambda x: x, backend="eager")  # loads what would be switched off
+    (tmp_path / "text").write_text("\n\n".join(f"paragraph {number}" for number in range(200)))
+    monkeypatch.setenv("ATTNKIT_CACHE_DIR", str(tmp_path / "cache"))
+    data = training.load_text_data(
+        str(tmp_path / "text"), training.load_tokenizer("bytes"), row_tokens=32, max_length=32, rows=4
+    )
+    model = training.new_model(vocab_size=260, dim=32, layers=2, heads=2, positions=32)
+    operators = [mixer.operator for mixer in mixers(model)]
+
+    def broken(*args: Any, **options: Any) -> None:
+        assert [mixer.operator for mixer in mixers(model)] != operators, "nobody watches"
+        raise RuntimeError("out of memory, say")
+
+    monkeypatch.setattr(model, "loss_function", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        training.train(
+            model, data, training.Recipe(steps=2), tmp_path / "run", device="cpu", validation_rows=1,
+            callbacks=[StabilityCallback(every=1)],
+        )  # fmt: skip
+    assert [mixer.operator for mixer in mixers(model)] == operators
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 def test_callback(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

@@ -96,8 +96,10 @@ def test_refusals(tmp_path: Path) -> None:
         next(text_batches(b"short", 0, batch=1, length=5, device=torch.device("cpu")))
     model = tiny()
     model.model.layers[0].mixer.window = 4
+    torch.compile(lambda x: x, backend="eager")  # loads what is switched off while somebody watches, and not for longer
     with pytest.raises(UnsupportedError, match="dense or causal"):
         train(model, majority_batches(0, batch=1, length=8, alphabet=8), Arm("off"), Training(1, 1e-3))
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 # --- commands

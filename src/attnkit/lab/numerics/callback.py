@@ -17,7 +17,8 @@ __all__ = ["StabilityCallback"]
 class StabilityCallback(TrainerCallback):
     """Runs a `StabilityMonitor` over a training; at its end writes stability.json and stability.html.
 
-    A run that goes on from a checkpoint begins its statistics anew.
+    A run that goes on from a checkpoint begins its statistics anew. The Trainer does not tell callbacks that a run broke off:
+    call `close` then. `attnkit.training.train` does.
 
     Args:
         every, rows, action: see `StabilityMonitor`.
@@ -43,8 +44,13 @@ class StabilityCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was found."""
         assert self.monitor is not None
-        self.monitor.close()
+        self.close()
         if state.is_world_process_zero:
             out = self._out or Path(args.output_dir)
             report.write_json(out / "stability.json", self.monitor.report())
             self.monitor.plot(out / "stability.html")
+
+    def close(self) -> None:
+        """Leave the model as it was, and compiled parts of any model as fast; a second call does nothing."""
+        if self.monitor is not None:
+            self.monitor.close()

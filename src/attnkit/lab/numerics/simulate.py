@@ -1,6 +1,7 @@
 """Small trainings whose attention has chosen roundings, watched while they run."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +125,12 @@ def train(model: Any, batches: Iterator[Batch], arm: Arm, training: Training) ->
     device = next(model.parameters()).device
     for step in range(training.steps):
         sampled = step % max(1, training.steps // training.samples) == 0
-        if sampled:
-            watch.install()
         ids, targets = next(batches)
-        with changed(layers, dict.fromkeys(layers, _stored) if emulated else {}):
+        with ExitStack() as undo:
+            if sampled:
+                undo.callback(watch.remove)
+                watch.install()
+            undo.enter_context(changed(layers, dict.fromkeys(layers, _stored) if emulated else {}))
             with torch.autocast(device.type, torch.bfloat16, enabled=not emulated):
                 logits = model(input_ids=ids, use_cache=False).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -137,7 +140,6 @@ def train(model: Any, batches: Iterator[Batch], arm: Arm, training: Training) ->
         schedule.step()
         optimizer.zero_grad()
         if sampled:
-            watch.remove()
             watch.collect()
             for name, found in watch.found.items():
                 weights = {f"{name}.{side}": getattr(layers[name], f"{side}_proj").weight for side in "qk"}
