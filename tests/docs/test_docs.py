@@ -268,6 +268,12 @@ def test_races_of_sparse_attention_are_quoted_as_they_were_run() -> None:
         assert f"{found['cudnn*']['ratio']:.2f}" == cudnn
         assert f"{found['cudnn*']['facts']['ideal_by_tiles']:.1f}" == best
         assert (f"{found['varlen']['ratio']:.2f}" if "varlen" in found else "-") == varlen
+    page = (DOCS / "scfa.md").read_text(encoding="utf-8")
+    ours, cudnn = ({row["peer"]: row for row in _race("qk_sparse_attention")}[name] for name in ("dense*", "cudnn*"))
+    best = ours["facts"]["ideal_by_tiles"]
+    assert f"gains {ours['ratio'] / best:.2f} of the best" in page
+    assert f"against cuDNN it is {cudnn['ratio'] / best:.2f}" in page
+    assert f"takes {ours['peer_ms'] / cudnn['peer_ms']:.2f} times cuDNN's time" in " ".join(page.split())
 
 
 def test_races_of_entmax_attention_are_quoted_as_they_were_run() -> None:
