@@ -44,6 +44,7 @@ def test_layers_of_one_mixer_are_compiled_once(mixer: str) -> None:
     model = AttnkitDecoderForCausalLM(config)
     ids = torch.randint(32, (2, 20), generator=torch.Generator().manual_seed(0))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     counter = CompileCounter()
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert len(blocks) == LAYERS

@@ -28,8 +28,9 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: int | Tensor, draws: Tensor, index: Tensor) -> Tensor:
-    """Numbers in (0, 1), float32, of the shape of `index` (int64, 0..2^32 - 1): a function of the three, on every device."""
-    start = _mix(_mix(draws.to(torch.int64) & _WORD) ^ (seed & _WORD))
+    """Numbers in (0, 1), float32, of the shape of `index` (int64): a function of the three, on every device. `seed` and
+    `index` lie in 0..2^32 - 1."""
+    start = _mix(_mix(draws.to(torch.int64) & _WORD) ^ seed)
     bits = _mix(_mix(index & _WORD) ^ start)
     return ((bits >> 9).to(torch.float32) + 0.5) / 2**23
 

@@ -78,8 +78,10 @@ def test_everybody_follows_everybody_and_the_first_round_does_not_count(monkeypa
         assert set(Counter(once[0] for once in orders).values()) == {2}
 
 
-@pytest.mark.parametrize(("device", "uncounted"), [("cuda", 3), ("cpu", 1)])
-def test_a_gpu_is_warm_before_anything_counts(device: str, uncounted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "rested", "uncounted"), [("cuda", True, 3), ("cuda", False, 1), ("cpu", True, 1)])
+def test_a_gpu_is_warm_before_anything_counts(
+    device: str, rested: bool, uncounted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = 0.0
 
     def measure(self: Entrant) -> float:
@@ -90,7 +92,7 @@ def test_a_gpu_is_warm_before_anything_counts(device: str, uncounted: int, monke
     monkeypatch.setattr(Entrant, "measure", measure)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     entrants = [Entrant(name, torch.device(device), lambda: None, 1, 1, None, Calls(len, [])) for name in "ab"]
-    interleave(entrants, rounds=2)
+    interleave(entrants, rounds=2, rested=rested)
     assert sorted(entrants[0].times + entrants[1].times) == [2 * uncounted + turn for turn in (1.0, 2.0, 3.0, 4.0)]
 
 

@@ -126,14 +126,15 @@ def _repeats(device: torch.device, run: Callable[[], object]) -> int:
     return min(max(math.ceil(measured / seconds), 1), MAX_REPEATS)
 
 
-def interleave(entrants: Sequence[Entrant], rounds: int) -> None:
-    """Measure everybody once a round; one more round comes first and does not count, on a GPU as many as take five seconds.
+def interleave(entrants: Sequence[Entrant], rounds: int, *, rested: bool = True) -> None:
+    """Measure everybody once a round; one more round comes first and does not count, on a GPU that has `rested` before as many
+    as take five seconds.
 
     The order is a Williams square, read backwards every other round: over the rounds everybody comes first and last as often
     as the others, and after each of the others as often. In a cycle one contestant would always find the device as hot, and
     its clock as low, as its one neighbour has left it.
     """
-    warm_s = _WARM_S if entrants[0].device.type == "cuda" else 0.0
+    warm_s = _WARM_S if rested and entrants[0].device.type == "cuda" else 0.0
     begin = time.perf_counter()
     _round(entrants, 0)
     while time.perf_counter() - begin < warm_s:

@@ -101,7 +101,7 @@ def race(
     order = sorted(entrants, key=lambda config: statistics.median(entrants[config].times))
     final = [config for config in order if config in order[:_FINALISTS] or config == present]
     again = {config: dataclasses.replace(entrants[config], times=[]) for config in final}
-    interleave(list(again.values()), rounds)
+    interleave(list(again.values()), rounds, rested=False)
     notes = tuple(entrant.note for entrant in again.values() if entrant.note)
     return sorted((Timed(config, again[config].times) for config in final), key=lambda timed: timed.ms), dropped, notes
 

@@ -9,6 +9,7 @@ from attnkit.ops._attention_core._triton.steps import (
     PARTS,
     alpha_end,
     alpha_step,
+    is_entmax,
     load_bias,
     load_pair,
     load_tile,
@@ -40,7 +41,7 @@ def _row_constants(known, b_d_out, at, o_row, m_row, m_q, heads, width_v, NORM: 
     sum(u V) / sum(u). The rows lie at + o_row * heads in contiguous [B, T, H]; what is added up is read of m_q only.
     """
     out, rest, lse, d_lse = known
-    ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
+    ENTMAX: tl.constexpr = is_entmax(NORM)
     p_row = at + o_row * heads
     b_lse = tl.load(lse + p_row, mask=m_row, other=float("inf") if ENTMAX else float("-inf"))
     b_delta = tl.zeros_like(b_lse)

@@ -12,6 +12,7 @@ from attnkit.ops._attention_core._triton.steps import (
     entmax_refine,
     entmax_start,
     entmax_step,
+    is_entmax,
     load_bias,
     load_tile,
     norm_factor,
@@ -347,8 +348,7 @@ def fwd(
     span = (lo, head_end, body_end, hi)
     keys = (k, v, key_bias, k_rows, stride_ks, stride_vs, stride_bs)
     rules = (scale, norm_factor(gaps, head, NORM), left, right, softcap, width, width_v)
-    ENTMAX: tl.constexpr = NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax"
-    if ENTMAX:
+    if is_entmax(NORM):
         p_row = (i_b * num_q + step) * heads + head + o_row * heads + o_h
         if tiles is not None:
             tiles += pid.to(tl.int64) * stride_tiles + 1

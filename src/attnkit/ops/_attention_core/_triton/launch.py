@@ -257,9 +257,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, sinks and key_bias (empty tensors for the last two where absent or not needed)."""
     d_out = d_out.to(p.q.dtype)  # the operands of a matrix product share a type; with out_dtype they come in float32
-    if p.q_rows is not None:
+    if p.q_rows is not None or d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    d_out = d_out if d_out.stride(-1) == 1 else d_out.contiguous()
     copies = _room_for_copies(p, d_out)
     d_q, lse2, delta = backward_queries(p, d_out, d_lse, out, lse, rest, copies)
     if copies is not None:

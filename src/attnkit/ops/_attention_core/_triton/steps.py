@@ -20,6 +20,7 @@ __all__ = [
     "entmax_refine",
     "entmax_start",
     "entmax_step",
+    "is_entmax",
     "load_bias",
     "load_pair",
     "load_tile",
@@ -195,6 +196,12 @@ def softmax_end(state, NORM: tl.constexpr):
         return m, total, acc * beta[:, None] + own, rounded
 
 
+@triton.constexpr_function
+def is_entmax(norm):
+    """Whether a row's constant is tau, not an LSE."""
+    return norm in ("entmax15", "sparsemax", "entmax")
+
+
 @triton.jit
 def norm_factor(gaps, head, NORM: tl.constexpr):
     """What scores are multiplied by before the norm sees them."""
@@ -311,7 +318,7 @@ def score_gradient(t, c, row, dp, delta, factor, NORM: tl.constexpr):
     Softmax: p = exp(s - lse), ds = p * (dp - delta). Entmax: ds = u * (dp - delta). `row`: the LSE in base-2
     logarithms, or tau.
     """
-    if NORM == "entmax15" or NORM == "sparsemax" or NORM == "entmax":
+    if is_entmax(NORM):
         p, u = entmax_pair(t * c, row, factor, NORM)
         return p, u * (dp - delta)
     else:

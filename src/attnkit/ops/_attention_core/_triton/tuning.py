@@ -140,17 +140,19 @@ def probe(kernel: str, dtype: torch.dtype, width: int, device: torch.device) -> 
     call = launch.Launch(*arguments, **gathers)
     out, lse, _ = launch.forward(call, dtype)
     known = (None, out, lse, None)
-    rows = launch.backward_queries(call, d_out, *known)[1:]
 
     def queries(config: Config) -> tuple[Tensor, ...]:
         return (launch.backward_queries(_Trial(*arguments, **gathers, chosen=config), d_out, *known)[0].view_as(q),)
+
+    if kernel.endswith("dq"):
+        return Probe(queries, ("d_q",), inputs, upstream, False)
+    rows = launch.backward_queries(call, d_out, *known)[1:]
 
     def keys(config: Config) -> tuple[Tensor, ...]:
         found = launch.backward_keys(_Trial(*arguments, **gathers, chosen=config), d_out, *rows)[:2]
         return found[0].view_as(k), found[1].view_as(v)
 
-    run, names = (queries, ("d_q",)) if kernel.endswith("dq") else (keys, ("d_k", "d_v"))
-    return Probe(run, names, inputs, upstream, False)
+    return Probe(keys, ("d_k", "d_v"), inputs, upstream, False)
 
 
 def _gathers(tokens: int, heads: int, device: torch.device) -> dict[str, Tensor]:
